@@ -1,0 +1,170 @@
+"""The project's sessions: dev, tests, lint, types, package and pin."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import nox
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.download_python = "never"
+nox.options.error_on_missing_interpreters = True
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["tests", "lint", "types", "package"]
+
+CONSTRAINTS = "constraints.txt"
+PYTHONS = ["3.11", "3.12", "3.13"]
+SCHEMAS = Path("packages/user_service_schemas")
+SERVER = Path("packages/user_service_server")
+CLIENT = Path("packages/user_service_client")
+PACKAGES = [SCHEMAS, SERVER, CLIENT]
+EDITABLE_SERVER = ["-e", f"./{SCHEMAS}", "-e", f"./{SERVER}[embedded]"]
+EDITABLE = [*EDITABLE_SERVER, "-e", f"./{CLIENT}"]
+
+
+def _starts(version: str) -> bool:
+    """Tell whether this Python is there: a version manager's shim is on PATH, too, and fails."""
+    if version == f"{sys.version_info.major}.{sys.version_info.minor}":
+        return True
+    python = shutil.which(f"python{version}")
+    if python is None:
+        return False
+    return subprocess.run([python, "-V"], check=False, capture_output=True).returncode == 0
+
+
+def _group(name: str) -> list[str]:
+    return list(nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), name))
+
+
+def _install(session: nox.Session, *requirements: str) -> None:
+    session.install("-c", CONSTRAINTS, *requirements)
+
+
+@nox.session
+def dev(session: nox.Session) -> None:
+    """Serve on port 3001 on embedded engines; `nox -s dev -- --port 3002` passes options on."""
+    _install(session, *EDITABLE_SERVER)
+    command = [str(Path(session.bin, "user-service")), "dev", *session.posargs]
+    # The server replaces this process, so that signals reach it and nothing else: nox kills a child
+    # half a second after Ctrl-C, when PostgreSQL may still be writing.
+    os.execv(command[0], command)
+
+
+# If none is there nox gets all three, and fails because they are missing.
+@nox.session(python=list(filter(_starts, PYTHONS)) or PYTHONS)
+def tests(session: nox.Session) -> None:
+    """Run the suite on real engines, on each supported Python that is there."""
+    _install(session, *EDITABLE, *_group("tests"))
+    session.run("pytest", "-n", "auto", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style, format and which module imports which."""
+    _install(session, *_group("lint"))
+    # The import graph is read from the sources: their dependencies need not be there.
+    _install(session, "--no-deps", *EDITABLE)
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    session.run("lint-imports")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check the types of packages, tests and this file."""
+    _install(session, *EDITABLE, *_group("types"))
+    session.run("mypy")
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """Build the distributions, and show that they are whole and bring only what they should."""
+    _install(session, *_group("package"))
+    dist = Path(session.create_tmp(), "dist").absolute()
+    shutil.rmtree(dist, ignore_errors=True)
+    for path in PACKAGES:
+        session.run("python", "-m", "build", "--no-isolation", "--outdir", str(dist), str(path))
+        _check_wheel_is_whole(session, dist, path)
+
+    python = _install_wheel_alone(session, dist, CLIENT)
+    session.run(python, "-I", "-c", "import user_service_client", external=True)
+    _check_nothing_of_the_server(session, python)
+
+    python = _install_wheel_alone(session, dist, SERVER)
+    session.run(str(Path(python).with_name("user-service")), "--help", external=True)
+
+
+@nox.session
+def pin(session: nox.Session) -> None:
+    """Renew constraints.txt: the newest versions that go together, for every Python and system."""
+    _install(session, *_group("ci"))
+    local = [f"{path.name} @ {path.absolute().as_uri()}" for path in (SCHEMAS, CLIENT)]
+    local.append(f"{SERVER.name}[embedded] @ {SERVER.absolute().as_uri()}")
+    tools = [line for group in ("tests", "lint", "types", "package") for line in _group(group)]
+    requirements = Path(session.create_tmp(), "requirements.in").absolute()
+    requirements.write_text("\n".join([*local, *tools]))
+    session.run(
+        *("uv", "pip", "compile", str(requirements), "--output-file", CONSTRAINTS, "--upgrade"),
+        *("--universal", "--python-version", PYTHONS[0], "--no-annotate", "--no-emit-index-url"),
+        *("--custom-compile-command", "nox -s pin", "--quiet"),
+        *(option for path in PACKAGES for option in ("--no-emit-package", path.name)),
+    )
+
+
+def _check_wheel_is_whole(session: nox.Session, dist: Path, path: Path) -> None:
+    """Compare a wheel with its sources: migrations and py.typed are easily left out of one."""
+    source = path / "src"
+    files = {
+        file.relative_to(source).as_posix()
+        for file in source.rglob("*")
+        if file.is_file() and "__pycache__" not in file.parts
+    }
+    with zipfile.ZipFile(_wheel(dist, path)) as wheel:
+        missing = files - set(wheel.namelist())
+    if missing:
+        session.error(f"{path.name}: not in the wheel: {', '.join(sorted(missing))}")
+
+
+def _install_wheel_alone(session: nox.Session, dist: Path, path: Path) -> str:
+    """Install a wheel where nothing else is, and return that environment's Python."""
+    home = Path(session.create_tmp(), path.name).absolute()
+    session.run("python", "-m", "venv", "--clear", str(home))
+    python = str(home / "bin" / "python")
+    session.run(
+        *(python, "-m", "pip", "install", "--quiet", "-c", CONSTRAINTS),
+        *("--find-links", str(dist), str(_wheel(dist, path))),
+        external=True,
+    )
+    return python
+
+
+def _check_nothing_of_the_server(session: nox.Session, python: str) -> None:
+    """Fail if the client brought the server, or something that only the server asks for."""
+    script = "from importlib.metadata import distributions as d; print(*(x.name for x in d()))"
+    output = session.run(python, "-I", "-c", script, external=True, silent=True)
+    installed = {canonicalize_name(name) for name in str(output).split()}
+    only_the_server = (
+        ({canonicalize_name(SERVER.name)} | _dependencies(SERVER))
+        - _dependencies(CLIENT)
+        - _dependencies(SCHEMAS)
+    )
+    if intruders := installed & only_the_server:
+        session.error(f"the client brings {', '.join(sorted(intruders))}")
+
+
+def _dependencies(path: Path) -> set[str]:
+    project = nox.project.load_toml(path / "pyproject.toml")["project"]
+    extras = project.get("optional-dependencies", {}).values()
+    lines = [*project["dependencies"], *(line for extra in extras for line in extra)]
+    return {canonicalize_name(Requirement(line).name) for line in lines}
+
+
+def _wheel(dist: Path, path: Path) -> Path:
+    (wheel,) = dist.glob(f"{path.name}-*.whl")
+    return wheel

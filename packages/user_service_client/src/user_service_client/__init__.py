@@ -1,0 +1,97 @@
+"""The client of the User Service.
+
+    async with UserServiceClient("http://user-service:3001", api_key=key) as client:
+        user = await client.users.create(name="Ann", email="ann@example.com", password=password)
+        await client.devices.register(user.id, token=token, platform="ios")
+        await client.preferences.update(user.id, push=False, timezone=None)  # None clears
+        user, etag = await client.users.get_with_etag(user.id)
+        await client.users.update(user.id, name="Anna", if_match=etag)  # or VersionMismatch
+        batch = await client.users.get_many(ids)  # batch.users in order, batch.missing
+        async for user in client.users.list():
+            print(user.id, user.preferences.email, [d.token for d in user.devices])
+
+Methods return frozen structs and raise `UserServiceError`s (the tree is in `errors`).
+"""
+
+from __future__ import annotations
+
+from msgspec import UNSET, UnsetType
+from user_service_schemas import (
+    BatchOfUsers,
+    CategoryUpdate,
+    Channels,
+    Consent,
+    Dependency,
+    Device,
+    DeviceDetails,
+    ErrorCode,
+    FieldError,
+    Health,
+    Platform,
+    PreferenceChange,
+    Preferences,
+    PreferencesRevision,
+    PreferencesUpdate,
+    User,
+)
+
+from user_service_client._calls import ApiKey, CallOptions, Id, WriteOptions
+from user_service_client.client import UserServiceClient
+from user_service_client.errors import (
+    ApiError,
+    BadRequest,
+    Conflict,
+    DeadlineExceeded,
+    DecodeError,
+    Forbidden,
+    Invalid,
+    MaybeProcessed,
+    NotFound,
+    NotSent,
+    RateLimited,
+    ServerError,
+    Unauthenticated,
+    UserServiceError,
+    VersionMismatch,
+)
+
+__all__ = [
+    "UNSET",
+    "ApiError",
+    "ApiKey",
+    "BadRequest",
+    "BatchOfUsers",
+    "CallOptions",
+    "CategoryUpdate",
+    "Channels",
+    "Conflict",
+    "Consent",
+    "DeadlineExceeded",
+    "DecodeError",
+    "Dependency",
+    "Device",
+    "DeviceDetails",
+    "ErrorCode",
+    "FieldError",
+    "Forbidden",
+    "Health",
+    "Id",
+    "Invalid",
+    "MaybeProcessed",
+    "NotFound",
+    "NotSent",
+    "Platform",
+    "PreferenceChange",
+    "Preferences",
+    "PreferencesRevision",
+    "PreferencesUpdate",
+    "RateLimited",
+    "ServerError",
+    "Unauthenticated",
+    "UnsetType",
+    "User",
+    "UserServiceClient",
+    "UserServiceError",
+    "VersionMismatch",
+    "WriteOptions",
+]

@@ -1,0 +1,129 @@
+"""What an answer says: the data of its envelope, or the error it is raised as."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import TypeVar
+
+import msgspec
+from user_service_schemas import Envelope, Error
+
+from user_service_client._transport import Reply
+from user_service_client.errors import ApiError, DecodeError, error_class
+
+T = TypeVar("T")
+
+_REFUSAL = msgspec.json.Decoder(Envelope[object])
+_SHOWABLE = re.compile(r"[A-Za-z0-9_.\[\]?-]{1,200}")
+"""Codes, request ids and paths of fields look like this. What does not may hold anything, since
+a proxy may have written it, and is not printed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The answer to a call, of whatever status.
+
+    Attributes:
+        operation: The method that was called, such as `users.get`.
+        sent_id: The request id that the call was sent with.
+        elapsed: Seconds from the start of the call.
+    """
+
+    operation: str
+    reply: Reply
+    sent_id: str
+    elapsed: float
+
+    @property
+    def status(self) -> int:
+        """The HTTP status."""
+        return self.reply.status
+
+    def check(self) -> None:
+        """Raise the `ApiError` of the status unless it tells of success."""
+        if not 200 <= self.status < 300:
+            raise self.error()
+
+    def data(self, decoder: msgspec.json.Decoder[Envelope[T]]) -> T:
+        """Return the data of a success; raises `ApiError` or `DecodeError`."""
+        self.check()
+        return self.decode(decoder)
+
+    def etag(self) -> str:
+        """Return the ETag; raises `DecodeError` if there is none."""
+        if "ETag" not in self.reply.headers:
+            raise self._undecodable("no ETag")
+        return self.reply.headers["ETag"]
+
+    def decode(self, decoder: msgspec.json.Decoder[Envelope[T]]) -> T:
+        """Return the data, whatever the status; raises `DecodeError`."""
+        try:
+            data = decoder.decode(self.reply.body).data
+        except msgspec.MsgspecError as error:
+            # its text gives types and the path, never a value
+            raise self._undecodable(str(error)) from None
+        except (UnicodeDecodeError, RecursionError) as error:
+            raise self._undecodable(type(error).__name__) from None
+        if data is None:
+            raise self._undecodable("no data")
+        return data
+
+    def error(self) -> ApiError:
+        """Return the error of a refusal, also of one that no envelope tells of."""
+        refusal = self._refusal()
+        code = _showable(refusal.code) if refusal else None
+        details = refusal.details if refusal else ()
+        request_id = self._request_id(refusal)
+        fields = ", ".join(field for detail in details if (field := _showable(detail.field)))
+        return error_class(self.status)(
+            f"{self.operation}: {self.status}"
+            + (f" {code}" if code else "")
+            + (f": {fields}" if fields else "")
+            + f" (request id {request_id})",
+            code=code,
+            request_id=request_id,
+            status=self.status,
+            elapsed=self.elapsed,
+            details=details,
+            etag=self.reply.headers.get("ETag"),
+            retry_after=_seconds(self.reply.headers.get("Retry-After", "")),
+        )
+
+    def _refusal(self) -> Error | None:
+        try:
+            return _REFUSAL.decode(self.reply.body).error
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return None
+
+    def _request_id(self, refusal: Error | None = None) -> str:
+        named = (refusal and refusal.request_id) or self.reply.headers.get("X-Request-ID")
+        return _showable(named or "") or self.sent_id
+
+    def _undecodable(self, reason: str) -> DecodeError:
+        request_id = self._request_id()
+        return DecodeError(
+            f"{self.operation}: {self.status}, {reason} (request id {request_id})",
+            request_id=request_id,
+            status=self.status,
+            elapsed=self.elapsed,
+        )
+
+
+def _showable(text: str) -> str | None:
+    return text if _SHOWABLE.fullmatch(text) else None
+
+
+def _seconds(retry_after: str) -> float | None:
+    """Return the seconds of a `Retry-After`, a number or a date (RFC 9110, section 10.2.3)."""
+    if retry_after.isascii() and retry_after.isdigit():
+        return float(retry_after)
+    try:
+        at = parsedate_to_datetime(retry_after)
+    except ValueError:
+        return None
+    if at.tzinfo is None:  # "-0000", or an old form without a zone: HTTP dates are in UTC
+        at = at.replace(tzinfo=UTC)
+    return max(0.0, (at - datetime.now(UTC)).total_seconds())

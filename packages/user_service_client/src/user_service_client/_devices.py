@@ -1,0 +1,97 @@
+"""`client.devices`: where a push can reach a user."""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+import msgspec
+from user_service_schemas import DeviceDetails, DeviceUpdate, Envelope, Platform, RegisterDevice
+
+from user_service_client._calls import (
+    Call,
+    CallOptions,
+    Calls,
+    Id,
+    WriteOptions,
+    segment,
+    user_path,
+)
+
+_DEVICE = msgspec.json.Decoder(Envelope[DeviceDetails])
+_DEVICES = msgspec.json.Decoder(Envelope[tuple[DeviceDetails, ...]])
+
+
+class Devices:
+    """The devices of users. Options and errors are as at `Users`."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    async def list(self, user_id: Id, **options: Unpack[CallOptions]) -> tuple[DeviceDetails, ...]:
+        """Return all devices of a user, active or not; `User.devices` has the active ones.
+
+        Raises:
+            NotFound: nobody has this id.
+        """
+        path = user_path(user_id, "/devices")
+        answer = await self._calls.send(Call("devices.list", "GET", path, **options))
+        return answer.data(_DEVICES)
+
+    async def register(
+        self,
+        user_id: Id,
+        *,
+        token: str,
+        platform: Platform,
+        app: str | None = None,
+        active: bool = True,
+        **options: Unpack[WriteOptions],
+    ) -> DeviceDetails:
+        """Register a device, or say again that it is there: an app does so at every launch.
+
+        A token that was another user's moves to this one.
+
+        Args:
+            user_id: Whose.
+            token: What the push gateway gave the device, at most 4096 characters.
+            platform: Which gateway that is.
+            app: Tells several apps of a user apart, at most 128 characters.
+            active: False registers it switched off.
+            **options: See `WriteOptions`.
+
+        Raises:
+            NotFound: nobody has this id.
+            Invalid: `details` names every bad field.
+            VersionMismatch: the version is not that of `if_match`.
+        """
+        body = RegisterDevice(token=token, platform=platform, app=app, active=active)
+        path = user_path(user_id, "/devices")
+        answer = await self._calls.send(
+            Call("devices.register", "POST", path, body=body, **options)
+        )
+        return answer.data(_DEVICE)
+
+    async def update(
+        self, user_id: Id, device_id: Id, *, active: bool, **options: Unpack[WriteOptions]
+    ) -> DeviceDetails:
+        """Switch a device on or off.
+
+        Raises:
+            NotFound: nobody has this id, or the user has no such device.
+            VersionMismatch: the version is not that of `if_match`.
+        """
+        path = user_path(user_id, f"/devices/{segment(device_id)}")
+        body = DeviceUpdate(active=active)
+        answer = await self._calls.send(Call("devices.update", "PATCH", path, body=body, **options))
+        return answer.data(_DEVICE)
+
+    async def remove(self, user_id: Id, device_id: Id, **options: Unpack[WriteOptions]) -> None:
+        """Remove a device.
+
+        Raises:
+            NotFound: nobody has this id, or the user has no such device.
+            VersionMismatch: the version is not that of `if_match`.
+        """
+        path = user_path(user_id, f"/devices/{segment(device_id)}")
+        answer = await self._calls.send(Call("devices.remove", "DELETE", path, **options))
+        answer.check()

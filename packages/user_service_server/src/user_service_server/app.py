@@ -1,0 +1,125 @@
+"""Where everything is wired: settings in, an ASGI app out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from importlib.metadata import version
+
+import prometheus_client
+import structlog
+from litestar import Litestar, Router
+from litestar.datastructures import State
+
+from .credentials.passwords import Passwords
+from .credentials.routes import credentials_router
+from .credentials.service import Credentials
+from .devices.routes import devices_router
+from .devices.service import Devices
+from .health.routes import health_router, metrics_router
+from .http.bodies import MAX_BODY, StrictBody
+from .http.docs import get_docs_file, get_openapi, show_docs
+from .http.failures import answer_failure
+from .http.observation import Observation
+from .metrics import Metrics
+from .preferences.routes import preferences_router
+from .preferences.service import PreferenceCenter
+from .settings import Settings, SettingsError
+from .storage.cache import DocumentCache, RedisLink
+from .storage.database import Database
+from .storage.document import DocumentShape
+from .storage.documents import Documents
+from .storage.state import StateWatcher
+from .users.routes import users_router
+from .users.service import Users
+
+REDIS_PATIENCE = 5.0
+"""Seconds the start waits for Redis, without which the service works."""
+
+_log = structlog.get_logger()
+
+
+def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Litestar:
+    """Make the app. It connects in its lifespan, and is not ready once `draining` is set.
+
+    Raises:
+        SettingsError: the settings ask for what this release does not have.
+    """
+    if settings.auth != "off":
+        raise SettingsError(
+            "AUTH=required needs service keys, which this release does not have; set AUTH=off"
+            " where nobody else can reach the port"
+        )
+    draining = draining or asyncio.Event()
+    release = version("user-service-server")
+    metrics = Metrics()
+    database = Database(settings)
+    state = StateWatcher(settings, database)
+    link = RedisLink(settings)
+    shape = DocumentShape(settings)
+    cache = DocumentCache(
+        link,
+        document_format=shape.format,
+        ttl=settings.cache_ttl,
+        epoch=lambda: state.epoch,
+        metrics=metrics,
+    )
+    documents = Documents(database, state, cache, shape)
+    passwords = Passwords(settings)
+    users = Users(settings, documents, passwords)
+    credentials = Credentials(database, documents, passwords)
+    preferences = PreferenceCenter(database, documents)
+    devices = Devices(settings, database, documents)
+
+    metrics.redis_reachable.set_function(lambda: link.reachable)
+    metrics.postgres_reachable.set_function(lambda: database.reachable)
+    metrics.passwords_waiting.set_function(lambda: passwords.waiting)
+
+    @asynccontextmanager
+    async def lifespan(_app: Litestar) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            stack.callback(passwords.close)
+            stack.push_async_callback(link.close)
+            stack.push_async_callback(database.close)
+            stack.push_async_callback(state.close)
+            stack.push_async_callback(documents.close)
+            if settings.metrics_port is not None:
+                server, _thread = prometheus_client.start_http_server(
+                    settings.metrics_port, settings.host, metrics.registry
+                )
+                stack.callback(server.server_close)
+                stack.callback(server.shutdown)
+            await asyncio.gather(state.start(settings.startup_timeout), link.start(REDIS_PATIENCE))
+            _log.warning("auth.off", note="every caller may do everything")
+            yield
+
+    api = Router(
+        "/api/v1",
+        route_handlers=[
+            users_router(users, documents),
+            preferences_router(preferences, documents),
+            devices_router(devices, documents),
+            credentials_router(credentials),
+        ],
+    )
+    health = health_router(release, database=database, state=state, link=link, draining=draining)
+    app = Litestar(
+        [
+            api,
+            health,
+            *([] if settings.metrics_port is not None else [metrics_router(metrics)]),
+            *([show_docs, get_docs_file, get_openapi] if settings.docs else []),
+        ],
+        dto=StrictBody,
+        return_dto=None,
+        exception_handlers={Exception: answer_failure},
+        request_max_body_size=MAX_BODY,
+        lifespan=[lifespan],
+        state=State({"version": release}),
+        openapi_config=None,
+        logging_config=None,
+    )
+    # Around the router, so that what no route was found for is observed, too.
+    app.asgi_handler = Observation(app.asgi_handler, metrics)
+    return app

@@ -1,0 +1,216 @@
+"""Owns the commands: serve, dev, migrate, epoch, settings."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+import uvloop
+
+from user_service_server.embedded import EmbeddedError, EmbeddedPostgres, EmbeddedValkey
+from user_service_server.errors import ServiceError
+from user_service_server.serving import ServingError, bind
+from user_service_server.serving import serve as serve_app
+from user_service_server.settings import (
+    Settings,
+    SettingsError,
+    describe_settings,
+    hide_password,
+    load_settings,
+)
+
+# ruff: noqa: PLC0415
+# The tables and the application are imported by the commands that need them: `settings` and
+# `--help` answer at once, and a wrong setting is named before anything else can fail.
+
+_DOTENV = Path(".env")
+_DATABASE = "users"
+
+_FIRST_CURL = """\
+curl -X POST {service}/api/v1/users/ \\
+-H "Content-Type: application/json" \\
+-d '{{
+  "name": "John Doe",
+  "email": "john@example.com",
+  "password": "StrongPass123!",
+  "preferences": {{"email": true, "push": false}}
+}}'"""
+
+
+def main() -> None:
+    """Run the command line; ends the process: 2 for a wrong setting, 1 for what did not start."""
+    try:
+        commands(prog_name="user-service")
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except (EmbeddedError, ServingError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
+    except ServiceError as error:
+        print(error.shown, file=sys.stderr)
+        sys.exit(1)
+
+
+@click.group()
+def commands() -> None:
+    """Users, notification preferences and devices over HTTP."""
+
+
+@commands.command()
+def serve() -> None:
+    """Serve, with the settings of the environment and of .env."""
+    settings = load_settings(os.environ, _DOTENV)
+    if settings.auth != "off":
+        raise SettingsError(
+            "AUTH=required needs service keys, which this release does not have; "
+            "set AUTH=off where only trusted callers reach the port"
+        )
+    _configure_logs(settings)
+    _run(settings)
+
+
+@commands.command()
+@click.option("--host", help="Address to listen on.  [default: HOST or 127.0.0.1]")
+@click.option("--port", type=click.IntRange(1, 65535), help="[default: PORT or 3001]")
+@click.option(
+    "--data-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path(".user-service"),
+    show_default=True,
+    help="Where the databases are kept between runs.",
+)
+def dev(host: str | None, port: int | None, data_dir: Path) -> None:
+    """Serve for development: AUTH=off, on a PostgreSQL and a Valkey of its own.
+
+    DATABASE_URL and REDIS_URL of the environment, when set, win. Settings come from the
+    environment only: .env describes the deployment with Docker, whose addresses mean nothing here.
+    """
+    postgres = EmbeddedPostgres(data_dir / "postgres")
+    # Not kept between runs: a cache that lost the last second of writes would be wrong.
+    valkey = EmbeddedValkey(data_dir / "valkey")
+    said = {"AUTH": "off", "HOST": host, "PORT": None if port is None else str(port)}
+    settings = load_settings(
+        {**os.environ, **{name: value for name, value in said.items() if value is not None}},
+        None,
+        defaults={
+            "DATABASE_URL": postgres.url(_DATABASE),
+            "REDIS_URL": valkey.url,
+            "LOG_FORMAT": "text",
+            "SHUTDOWN_GRACE": "0",
+        },
+    )
+    _configure_logs(settings)
+    with bind(settings.host, settings.port) as listener, _ending_in_order() as engines:
+        if settings.redis_url == valkey.url:
+            engines.enter_context(valkey)
+        if settings.database_url == postgres.url(_DATABASE):
+            engines.enter_context(postgres)
+            postgres.create_database(_DATABASE, exist_ok=True)
+        _migrate(settings)
+        _run(settings, listener, lambda: print(_welcome(settings, data_dir), flush=True))
+
+
+@commands.command()
+def migrate() -> None:
+    """Bring the tables to what this release needs."""
+    settings = load_settings(os.environ, _DOTENV)
+    _configure_logs(settings)
+    _migrate(settings)
+
+
+@commands.group()
+def epoch() -> None:
+    """The mark by which caches, clients and cursors know the database they belong to."""
+
+
+@epoch.command()
+def show() -> None:
+    """Print the epoch."""
+    from user_service_server.storage.state import read_epoch
+
+    settings = load_settings(os.environ, _DOTENV)
+    print(asyncio.run(read_epoch(settings)))
+
+
+@epoch.command()
+def renew() -> None:
+    """Begin a new epoch, after a backup was restored: nothing of before is believed any more."""
+    from user_service_server.storage.state import renew_epoch
+
+    settings = load_settings(os.environ, _DOTENV)
+    print(asyncio.run(renew_epoch(settings)))
+
+
+@commands.command("settings")
+def print_settings() -> None:
+    """Print every setting with what is in force, its default and its meaning."""
+    rows = describe_settings(os.environ, _DOTENV)
+    table = [("NAME", "IN FORCE", "DEFAULT", "MEANING"), *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(3)]
+    for row in table:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        print("  ".join([*cells, row[3]]))
+    load_settings(os.environ, _DOTENV)
+
+
+def _run(
+    settings: Settings,
+    listener: socket.socket | None = None,
+    on_ready: Callable[[], None] | None = None,
+) -> None:
+    from user_service_server.app import create_app
+
+    async def run() -> None:
+        draining = asyncio.Event()
+        app = create_app(settings, draining)
+        await serve_app(app, settings, draining=draining, listener=listener, on_ready=on_ready)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(run())
+
+
+def _configure_logs(settings: Settings) -> None:
+    from user_service_server.logs import configure
+
+    configure(settings.log_level, settings.log_format)
+
+
+def _migrate(settings: Settings) -> None:
+    from user_service_server.storage.migrations import upgrade
+
+    upgrade(settings)
+
+
+@contextlib.contextmanager
+def _ending_in_order() -> Iterator[contextlib.ExitStack]:
+    """Yield a stack that is unwound also when a signal ends the command."""
+
+    def leave(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, leave)
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+def _welcome(settings: Settings, data_dir: Path) -> str:
+    everywhere = {"127.0.0.1", "0.0.0.0", "::", "::1"}  # noqa: S104 - they are only shown
+    host = "localhost" if settings.host in everywhere else settings.host
+    service = f"http://{host}:{settings.port}"
+    places = {
+        "service": service,
+        "docs": f"{service}/docs",
+        "database": hide_password(settings.database_url),
+        "redis": hide_password(settings.redis_url),
+        "data": str(data_dir.absolute()),
+    }
+    lines = [f"{name:<10}{place}" for name, place in places.items()]
+    curl = _FIRST_CURL.format(service=service)
+    return "\n".join(["", *lines, "", "Try:", "", curl, "", "Ctrl-C ends it."])

@@ -1,0 +1,1 @@
+"""Credentials: passwords, how they are judged, hashed and changed."""

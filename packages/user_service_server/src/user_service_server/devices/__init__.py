@@ -1,0 +1,1 @@
+"""Devices: the push tokens by which a user is reached."""

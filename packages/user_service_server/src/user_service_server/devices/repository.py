@@ -1,0 +1,202 @@
+"""The SQL of devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Row, and_, delete, func, insert, not_, or_, select, text, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+from user_service_schemas import DeviceDetails, RegisterDevice
+
+from ..storage.tables import devices, users
+
+MAX_DEVICES = 100
+"""The most devices a user has, inactive ones included."""
+
+
+async def touch(
+    connection: AsyncConnection, user_id: str, digest: bytes, request: RegisterDevice
+) -> tuple[DeviceDetails, int] | None:
+    """Note that a user's own, active, unchanged token was seen; None if it is not such a one.
+
+    The one write that changes no document, and so needs no lock, version or announcement.
+    Returns the device and the user's version.
+    """
+    touched = await connection.execute(
+        update(devices)
+        .values(last_seen_at=func.clock_timestamp())
+        .where(
+            devices.c.token_digest == digest,
+            devices.c.user_id == user_id,
+            devices.c.active,
+            devices.c.token == request.token,
+            devices.c.platform == request.platform,
+            devices.c.app.is_not_distinct_from(request.app),
+            users.c.id == devices.c.user_id,
+        )
+        .returning(devices, users.c.version)
+    )
+    row = touched.first()
+    return None if row is None else (details(row), row.version)
+
+
+async def read_owner(connection: AsyncConnection, digest: bytes) -> str | None:
+    """Read whose a token is; stays true while the token is locked."""
+    found = await connection.execute(
+        select(devices.c.user_id).where(devices.c.token_digest == digest)
+    )
+    return found.scalar()
+
+
+async def read_by_digest(connection: AsyncConnection, digest: bytes) -> Row[Any] | None:
+    """Read the device that has a token."""
+    found = await connection.execute(select(devices).where(devices.c.token_digest == digest))
+    return found.first()
+
+
+async def read_device(connection: AsyncConnection, user_id: str, device_id: str) -> Row[Any] | None:
+    """Read one device of a user."""
+    found = await connection.execute(
+        select(devices).where(devices.c.id == device_id, devices.c.user_id == user_id)
+    )
+    return found.first()
+
+
+async def list_devices(
+    connection: AsyncConnection, user_id: str
+) -> tuple[list[DeviceDetails], int] | None:
+    """Read a user's devices, newest registration first, and version; None: no such user."""
+    found = await connection.execute(
+        select(users.c.version, devices)
+        .outerjoin_from(users, devices)
+        .where(users.c.id == user_id, users.c.deleted_at.is_(None))
+        .order_by(devices.c.registered_at.desc(), devices.c.id.desc())
+    )
+    rows = found.all()
+    if not rows:
+        return None
+    return [details(row) for row in rows if row.id is not None], rows[0].version
+
+
+async def insert_device(
+    connection: AsyncConnection,
+    device_id: str,
+    user_id: str,
+    digest: bytes,
+    request: RegisterDevice,
+) -> Row[Any]:
+    """Insert a device of a locked user; its token is locked and nobody's."""
+    now = func.clock_timestamp()
+    inserted = await connection.execute(
+        insert(devices)
+        .values(
+            id=device_id,
+            user_id=user_id,
+            token_digest=digest,
+            registered_at=now,
+            last_seen_at=now,
+            **_registered(request),
+        )
+        .returning(*devices.c)
+    )
+    return inserted.one()
+
+
+async def renew_device(
+    connection: AsyncConnection, device_id: str, request: RegisterDevice, *, anew: bool
+) -> Row[Any]:
+    """Note what an app says of its known token; `anew` if it becomes active by that."""
+    now = func.clock_timestamp()
+    renewed = await connection.execute(
+        update(devices)
+        .where(devices.c.id == device_id)
+        .values(
+            last_seen_at=now,
+            registered_at=now if anew else devices.c.registered_at,
+            **_registered(request),
+        )
+        .returning(*devices.c)
+    )
+    return renewed.one()
+
+
+def _registered(request: RegisterDevice) -> dict[str, Any]:
+    return {
+        "token": request.token,
+        "platform": request.platform,
+        "app": request.app,
+        **_activity(request.active),
+    }
+
+
+def _activity(active: bool, reason: str = "deactivated") -> dict[str, Any]:
+    if active:
+        return {"active": True, "inactive_reason": None, "deactivated_at": None}
+    return {
+        "active": False,
+        "inactive_reason": reason,
+        "deactivated_at": func.clock_timestamp(),
+    }
+
+
+async def set_active(connection: AsyncConnection, device_id: str, active: bool) -> Row[Any]:
+    """Switch a device of a locked user on or off."""
+    anew = {"registered_at": func.clock_timestamp()} if active else {}
+    switched = await connection.execute(
+        update(devices)
+        .where(devices.c.id == device_id)
+        .values(**_activity(active), **anew)
+        .returning(*devices.c)
+    )
+    return switched.one()
+
+
+async def delete_device(connection: AsyncConnection, device_id: str) -> None:
+    """Delete a device of a locked user."""
+    await connection.execute(delete(devices).where(devices.c.id == device_id))
+
+
+async def evict(connection: AsyncConnection, user_id: str, keep: str, max_active: int) -> None:
+    """Hold a locked user to `max_active` devices: least recently seen out first, `keep` never."""
+    surplus = (
+        select(devices.c.id)
+        .where(devices.c.user_id == user_id, devices.c.active, devices.c.id != keep)
+        .order_by(devices.c.last_seen_at.desc(), devices.c.id.desc())
+        .offset(max_active - 1)
+    )
+    await connection.execute(
+        update(devices).where(devices.c.id.in_(surplus)).values(**_activity(False, "evicted"))
+    )
+
+
+async def prune(connection: AsyncConnection, user_id: str, retention_days: int) -> None:
+    """Delete a locked user's devices that are inactive for long, or beyond `MAX_DEVICES`."""
+    inactive = and_(devices.c.user_id == user_id, not_(devices.c.active))
+    beyond = (
+        select(devices.c.id)
+        .where(devices.c.user_id == user_id)
+        .order_by(devices.c.active.desc(), devices.c.deactivated_at.desc(), devices.c.id)
+        .offset(MAX_DEVICES)
+    )
+    age = text("make_interval(days => :days)").bindparams(days=retention_days)
+    old = devices.c.deactivated_at < func.clock_timestamp() - age
+    await connection.execute(delete(devices).where(inactive, or_(old, devices.c.id.in_(beyond))))
+
+
+async def erase(connection: AsyncConnection, user_id: str) -> None:
+    """Delete all devices of a locked user."""
+    await connection.execute(delete(devices).where(devices.c.user_id == user_id))
+
+
+def details(row: Row[Any]) -> DeviceDetails:
+    """Return a device as `/devices` shows it."""
+    return DeviceDetails(
+        id=row.id,
+        token=row.token,
+        platform=row.platform,
+        app=row.app,
+        active=row.active,
+        registered_at=row.registered_at,
+        last_seen_at=row.last_seen_at,
+        inactive_reason=row.inactive_reason,
+    )

@@ -1,0 +1,99 @@
+"""The errors that services raise. Each carries its code; one handler in `http` renders them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from user_service_schemas import STATUS_OF, ErrorCode, FieldError
+
+Header = tuple[str, str]
+
+
+class ServiceError(Exception):
+    """A request that cannot be answered as it was meant.
+
+    `message` is for people and says nothing of the inside; `headers` go with the answer.
+    """
+
+    code: ClassVar[ErrorCode]
+    message: ClassVar[str]
+
+    def __init__(
+        self, *details: FieldError, message: str | None = None, headers: Sequence[Header] = ()
+    ) -> None:
+        self.details = details
+        self.shown = message or self.message
+        self.headers = headers
+        super().__init__(self.code)
+
+    @property
+    def status(self) -> int:
+        """The HTTP status that the code is answered with."""
+        return STATUS_OF[self.code]
+
+
+class InvalidCursor(ServiceError):
+    code = ErrorCode.INVALID_CURSOR
+    message = "This cursor was not issued by this listing."
+
+
+class MalformedBody(ServiceError):
+    code = ErrorCode.MALFORMED_JSON
+    message = "The body is not valid JSON, or it nests too deeply."
+
+
+class UnsupportedMediaType(ServiceError):
+    code = ErrorCode.UNSUPPORTED_MEDIA_TYPE
+    message = "The body must be sent as Content-Type: application/json."
+
+
+class Invalid(ServiceError):
+    code = ErrorCode.VALIDATION_FAILED
+    message = "The request has fields that are not valid."
+
+
+class InvalidCredentials(ServiceError):
+    code = ErrorCode.INVALID_CREDENTIALS
+    message = "These credentials are not right."
+
+
+class UserNotFound(ServiceError):
+    code = ErrorCode.USER_NOT_FOUND
+    message = "No user has this id."
+
+
+class DeviceNotFound(ServiceError):
+    code = ErrorCode.DEVICE_NOT_FOUND
+    message = "The user has no device with this id."
+
+
+class EmailTaken(ServiceError):
+    code = ErrorCode.EMAIL_TAKEN
+    message = "Another user has this email."
+
+
+class ExternalIdTaken(ServiceError):
+    code = ErrorCode.EXTERNAL_ID_TAKEN
+    message = "Another user has this external id."
+
+
+class VersionMismatch(ServiceError):
+    code = ErrorCode.VERSION_MISMATCH
+    message = "The user has another version than the one in If-Match."
+
+
+class DependencyUnavailable(ServiceError):
+    code = ErrorCode.DEPENDENCY_UNAVAILABLE
+    message = "The service cannot reach its database right now. Try again."
+
+    def __init__(self) -> None:
+        super().__init__(headers=[("Retry-After", "1")])
+
+
+class Overloaded(ServiceError):
+    code = ErrorCode.OVERLOADED
+    message = "The service is busy. Try again."
+
+    def __init__(self) -> None:
+        super().__init__(headers=[("Retry-After", "1")])

@@ -1,0 +1,1 @@
+"""Health: whether the service and what it depends on are there."""

@@ -1,0 +1,100 @@
+"""The HTTP of health and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from litestar import Router, get
+from litestar.response.base import ASGIResponse
+from user_service_schemas import Dependency, ErrorCode, Health, Probe
+
+from ..errors import ServiceError
+from ..http.answers import answer
+from ..http.operations import operation
+from ..metrics import CONTENT_TYPE, Metrics
+from ..storage.cache import RedisLink
+from ..storage.database import Database
+from ..storage.state import StateWatcher
+
+
+class NotReady(ServiceError):
+    code = ErrorCode.OVERLOADED
+    message = "The service is shutting down."
+
+
+def health_router(
+    version: str,
+    *,
+    database: Database,
+    state: StateWatcher,
+    link: RedisLink,
+    draining: asyncio.Event,
+) -> Router:
+    """Return the probes."""
+
+    @get(
+        "/health",
+        **operation(
+            "get_health",
+            "Check the service and what it depends on",
+            {200: Health, 503: Health},
+        ),
+    )
+    async def get_health() -> ASGIResponse:
+        began = time.perf_counter()
+        _, redis_is_up = await asyncio.gather(state.look(), link.ping())
+        redis_latency = time.perf_counter() - began if redis_is_up else None
+        postgres_is_up = database.reachable
+        well = "healthy" if redis_is_up else "degraded"
+        status = well if postgres_is_up else "unhealthy"
+        health = Health(
+            status=status,
+            version=version,
+            dependencies={
+                "postgres": _dependency(state.latency),
+                "redis": _dependency(redis_latency),
+            },
+        )
+        return answer(
+            health,
+            f"The service is {status}",
+            status=200 if postgres_is_up else 503,
+            success=postgres_is_up,
+        )
+
+    @get("/health/live", **operation("get_liveness", "Whether the process runs", Probe))
+    async def get_liveness() -> ASGIResponse:
+        return answer(Probe(status="alive"), "The process runs")
+
+    @get(
+        "/health/ready",
+        **operation(
+            "get_readiness",
+            "Whether the service takes requests",
+            Probe,
+            description="Without Postgres it does: cached reads must not vanish with it.",
+        ),
+    )
+    async def get_readiness() -> ASGIResponse:
+        if draining.is_set():
+            raise NotReady
+        return answer(Probe(status="ready"), "The service takes requests")
+
+    return Router("/", route_handlers=[get_health, get_liveness, get_readiness])
+
+
+def metrics_router(metrics: Metrics) -> Router:
+    """Return the route that Prometheus reads."""
+
+    @get("/metrics", include_in_schema=False)
+    async def get_metrics() -> ASGIResponse:
+        return ASGIResponse(body=metrics.render(), media_type=CONTENT_TYPE)
+
+    return Router("/", route_handlers=[get_metrics])
+
+
+def _dependency(latency: float | None) -> Dependency:
+    if latency is None:
+        return Dependency(status="down", latency_ms=None)
+    return Dependency(status="up", latency_ms=round(latency * 1000, 2))

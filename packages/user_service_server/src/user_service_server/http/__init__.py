@@ -1,0 +1,1 @@
+"""What all routes share: bodies, answers, errors, conditions, request ids, documentation."""

@@ -1,0 +1,62 @@
+"""How a route says what it takes and answers, so that the documentation can be made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from msgspec import Struct
+from user_service_schemas import ErrorCode
+
+
+class Operation(Struct, frozen=True, kw_only=True):
+    """What OpenAPI tells of a route."""
+
+    id: str
+    summary: str
+    description: str
+    answers: Mapping[int, Any]
+    """The type of `data` of each success."""
+    body: Any
+    errors: Sequence[ErrorCode]
+    example: Any
+    """A body that works in "Try it out"."""
+    reads_document: bool
+    """Takes `If-None-Match` and `X-Min-Version`, gives `ETag`."""
+    writes_document: bool
+    """Takes `If-Match`, gives `ETag`."""
+    page: bool
+    """Takes `limit` and `cursor`."""
+
+
+def operation(
+    operation_id: str,
+    summary: str,
+    answers: Mapping[int, Any] | Any,
+    *errors: ErrorCode,
+    description: str = "",
+    body: Any = None,
+    example: Any = None,
+    reads_document: bool = False,
+    writes_document: bool = False,
+    page: bool = False,
+) -> dict[str, Any]:
+    """Return the keyword arguments of a route's decorator."""
+    by_status = answers if isinstance(answers, Mapping) else {200: answers}
+    described = Operation(
+        id=operation_id,
+        summary=summary,
+        description=description,
+        answers=by_status,
+        body=body,
+        errors=errors,
+        example=example,
+        reads_document=reads_document,
+        writes_document=writes_document,
+        page=page,
+    )
+    return {
+        "operation_id": operation_id,
+        "status_code": min(by_status),
+        "opt": {"operation": described},
+    }

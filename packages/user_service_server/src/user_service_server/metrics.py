@@ -1,0 +1,48 @@
+"""What the service counts and measures, in Prometheus' terms."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Metrics:
+    """All metrics of one process, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "user_service_http_requests",
+            "Requests answered.",
+            ["method", "route", "status"],
+            registry=self.registry,
+        )
+        self.duration = Histogram(
+            "user_service_http_request_duration_seconds",
+            "Time from the first byte of a request to the last of its answer.",
+            ["method", "route"],
+            buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+            registry=self.registry,
+        )
+        self.cache_reads = Counter(
+            "user_service_cache_reads",
+            "Documents asked of the cache: hit, miss, bypass (a writer is at it, or no Redis).",
+            ["result"],
+            registry=self.registry,
+        )
+        self.redis_reachable = Gauge(
+            "user_service_redis_reachable", "1 while Redis answers.", registry=self.registry
+        )
+        self.postgres_reachable = Gauge(
+            "user_service_postgres_reachable", "1 while Postgres answers.", registry=self.registry
+        )
+        self.passwords_waiting = Gauge(
+            "user_service_passwords_waiting",
+            "Passwords being hashed or waiting for it.",
+            registry=self.registry,
+        )
+
+    def render(self) -> bytes:
+        """Return the metrics in the text format."""
+        return generate_latest(self.registry)

@@ -1,0 +1,1 @@
+"""Preferences: what a user wants to get, and the consent history."""

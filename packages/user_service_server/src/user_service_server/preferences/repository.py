@@ -1,0 +1,103 @@
+"""The SQL of preferences and of the consent history."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+from user_service_schemas import (
+    Choices,
+    Consent,
+    PreferenceChange,
+    PreferencesRevision,
+    preference_changes,
+)
+
+from ..storage.tables import preference_history, preferences, users
+
+
+async def insert_choices(
+    connection: AsyncConnection, user_id: str, choices: Choices, consent: Consent | None
+) -> None:
+    """Insert a new user's preferences, and begin the history with them."""
+    await connection.execute(
+        insert(preferences).values(user_id=user_id, **msgspec.structs.asdict(choices))
+    )
+    await append_history(connection, user_id, 1, preference_changes(None, choices), consent)
+
+
+async def read_choices(connection: AsyncConnection, user_id: str) -> Choices:
+    """Read what a locked user has said."""
+    found = await connection.execute(select(preferences).where(preferences.c.user_id == user_id))
+    values = dict(found.mappings().one())
+    del values["user_id"]
+    return Choices(**values)
+
+
+async def update_choices(connection: AsyncConnection, user_id: str, choices: Choices) -> None:
+    """Set what a locked user has said."""
+    await connection.execute(
+        update(preferences)
+        .where(preferences.c.user_id == user_id)
+        .values(**msgspec.structs.asdict(choices))
+    )
+
+
+async def append_history(
+    connection: AsyncConnection,
+    user_id: str,
+    version: int,
+    changes: tuple[PreferenceChange, ...],
+    consent: Consent | None,
+) -> None:
+    """Append an entry to the consent history."""
+    await connection.execute(
+        insert(preference_history).values(
+            user_id=user_id,
+            version=version,
+            at=func.clock_timestamp(),
+            source=consent and consent.source,
+            policy_version=consent and consent.policy_version,
+            changes=msgspec.to_builtins(changes),
+        )
+    )
+
+
+async def read_history(
+    connection: AsyncConnection, user_id: str, before: int | None, limit: int
+) -> list[tuple[int, PreferencesRevision]] | None:
+    """Read entries below the id `before`, newest first, with their ids; None: no such user."""
+    h = preference_history.c
+    statement = (
+        select(preference_history)
+        .where(h.user_id == user_id, h.id < before if before else h.id.is_not(None))
+        .order_by(h.id.desc())
+        .limit(limit)
+    )
+    rows = (await connection.execute(statement)).all()
+    if not rows:
+        exists = select(users.c.id).where(users.c.id == user_id, users.c.deleted_at.is_(None))
+        if (await connection.execute(exists)).first() is None:
+            return None
+    return [(row.id, _revision(row)) for row in rows]
+
+
+def _revision(row: Any) -> PreferencesRevision:
+    return PreferencesRevision(
+        version=row.version,
+        at=row.at,
+        actor=row.actor,
+        source=row.source,
+        policy_version=row.policy_version,
+        changes=msgspec.convert(row.changes, tuple[PreferenceChange, ...]),
+    )
+
+
+async def erase(connection: AsyncConnection, user_id: str) -> None:
+    """Delete what a locked user has said, and its history."""
+    await connection.execute(
+        delete(preference_history).where(preference_history.c.user_id == user_id)
+    )
+    await connection.execute(delete(preferences).where(preferences.c.user_id == user_id))

@@ -1,0 +1,69 @@
+"""The rules of preferences: how they merge, and what the history keeps."""
+
+from __future__ import annotations
+
+from user_service_schemas import (
+    ChangeKind,
+    Preferences,
+    PreferencesRevision,
+    PreferencesUpdate,
+    merge_preferences,
+    preference_changes,
+)
+
+from ..errors import UserNotFound
+from ..storage.database import Database
+from ..storage.document import EntityTags
+from ..storage.documents import Documents
+from . import repository
+
+
+class PreferenceCenter:
+    """What can be done with a user's preferences."""
+
+    def __init__(self, database: Database, documents: Documents) -> None:
+        self._database = database
+        self._documents = documents
+
+    async def update(
+        self, user_id: str, request: PreferencesUpdate, if_match: EntityTags | None
+    ) -> tuple[Preferences, int]:
+        """Merge a change into a user's preferences; returns them and the user's version.
+
+        A consent that changes no preference is kept in the history all the same: it says under
+        which policy the user agreed to what was there.
+
+        Raises:
+            RuleViolation: the merged result breaks a rule.
+            UserNotFound, VersionMismatch
+        """
+        consent = request.consent or None
+        async with self._documents.write(user_id) as write:
+            row = await write.lock_user(user_id, if_match)
+            before = await repository.read_choices(write.connection, user_id)
+            after = merge_preferences(before, request)
+            changes = preference_changes(before, after)
+            if changes:
+                await repository.update_choices(write.connection, user_id, after)
+                write.changed(user_id, ChangeKind.PREFERENCES_UPDATED)
+            if changes or consent:
+                version = row.version + bool(changes)
+                await repository.append_history(
+                    write.connection, user_id, version, changes, consent
+                )
+        user = write.document(user_id)
+        return user.preferences, user.version
+
+    async def history(
+        self, user_id: str, before: int | None, limit: int
+    ) -> list[tuple[int, PreferencesRevision]]:
+        """Return up to `limit` entries below the id `before`, newest first, with their ids.
+
+        Raises:
+            UserNotFound: there is no such user.
+        """
+        async with self._database.reading() as connection:
+            found = await repository.read_history(connection, user_id, before, limit)
+        if found is None:
+            raise UserNotFound
+        return found

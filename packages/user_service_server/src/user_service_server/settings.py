@@ -1,0 +1,369 @@
+"""Owns the settings: their names, meanings, defaults and bounds, and how they are read, once."""
+
+import math
+import re
+import ssl
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+from urllib.parse import urlsplit
+
+import msgspec
+from dotenv import dotenv_values
+from msgspec import Meta
+from redis.asyncio.connection import parse_url
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+_SECRET = {"secret": True}
+
+
+class SettingsError(Exception):
+    """A setting is missing or wrong; the text is one line that names every such variable.
+
+    It never holds the value of a secret.
+    """
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that can be set. The environment variable is the field's name in upper case."""
+
+    host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=1, le=65535, description="TCP port to listen on")] = 3001
+    database_url: Annotated[
+        str,
+        Meta(
+            description="PostgreSQL, e.g. postgresql+asyncpg://user:password@host:5432/users",
+            extra=_SECRET,
+        ),
+    ]
+    redis_url: Annotated[
+        str, Meta(description="Redis or Valkey, e.g. redis://host:6379/0", extra=_SECRET)
+    ]
+    secret_key: Annotated[
+        str,
+        Meta(description="keys the digests of request bodies, cursors and links", extra=_SECRET),
+    ] = ""
+    auth: Annotated[
+        Literal["off", "required"], Meta(description="whether callers need a service key")
+    ] = "required"
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Meta(description="least severe line logged")
+    ] = "info"
+    log_format: Annotated[Literal["json", "text"], Meta(description="how a log line looks")] = (
+        "json"
+    )
+    docs: Annotated[bool, Meta(description="serve /docs")] = True
+    default_timezone: Annotated[str, Meta(description="IANA time zone of users who gave none")] = (
+        "UTC"
+    )
+    password_required: Annotated[
+        bool, Meta(description="whether a registration needs a password")
+    ] = True
+    max_active_devices: Annotated[
+        int, Meta(ge=1, le=1000, description="active devices of one user")
+    ] = 20
+    device_retention_days: Annotated[
+        int, Meta(ge=1, le=3650, description="days until an inactive device is erased")
+    ] = 30
+    database_pool_size: Annotated[
+        int, Meta(ge=1, le=1000, description="connections to PostgreSQL of this process")
+    ] = 10
+    cache_ttl: Annotated[
+        int, Meta(ge=1, le=86400, description="seconds a cached document lives at most")
+    ] = 300
+    redis_timeout_ms: Annotated[
+        int, Meta(ge=1, le=60000, description="milliseconds a request waits for Redis at most")
+    ] = 100
+    hash_concurrency: Annotated[
+        int,
+        Meta(ge=0, le=1024, description="passwords hashed at once; 0: as many as the CPU quota"),
+    ] = 0
+    hash_queue: Annotated[
+        int, Meta(ge=0, le=100000, description="passwords that may wait to be hashed")
+    ] = 200
+    startup_timeout: Annotated[
+        float,
+        Meta(ge=0, le=3600, description="seconds the start waits for PostgreSQL and Redis"),
+    ] = 60.0
+    shutdown_grace: Annotated[
+        float, Meta(ge=0, le=3600, description="seconds served after SIGTERM, while not ready")
+    ] = 5.0
+    shutdown_timeout: Annotated[
+        float, Meta(ge=0, le=3600, description="seconds that running requests get to finish then")
+    ] = 10.0
+    metrics_port: Annotated[
+        Annotated[int, Meta(ge=1, le=65535)] | None,
+        Meta(description="a port of its own for /metrics; empty: on PORT"),
+    ] = None
+
+
+class Setting(NamedTuple):
+    """One row of what `user-service settings` prints."""
+
+    name: str
+    """The environment variable."""
+    current: str
+    """What is in force, secrets hidden."""
+    default: str
+    meaning: str
+
+
+def load_settings(
+    environ: Mapping[str, str],
+    dotenv: Path | None,
+    *,
+    defaults: Mapping[str, str] | None = None,
+) -> Settings:
+    """Read the settings: the environment wins over `dotenv`, which wins over `defaults`.
+
+    An empty value counts as not set, as `${NAME:-}` in a compose file leaves it. A secret may be
+    given as `NAME_FILE`, a file that holds it, instead.
+
+    Raises:
+        SettingsError: a variable is missing or wrong; the text names all of them.
+    """
+    values, problems = _read(environ, dotenv, defaults or {})
+    found: dict[str, Any] = {}
+    for field in _fields():
+        raw = values.get(field.variable)
+        if field.variable in problems:
+            continue
+        if raw is None:
+            if field.required:
+                problems[field.variable] = f"{field.variable} is missing"
+            continue
+        try:
+            found[field.name] = _convert(field, raw)
+        except msgspec.ValidationError as error:
+            shown = field.variable if field.secret else f"{field.variable}={raw!a}"
+            problems[field.variable] = f"{shown} is wrong: {error}"
+    if problems:
+        raise SettingsError("; ".join(problems.values()))
+    return Settings(**found)
+
+
+def describe_settings(environ: Mapping[str, str], dotenv: Path | None) -> list[Setting]:
+    """List all settings with what is in force, also where that is missing or wrong."""
+    values, problems = _read(environ, dotenv, {})
+    rows = []
+    for field in _fields():
+        raw = values.get(field.variable)
+        if field.variable in problems:
+            current = "(wrong)"
+        elif raw is None:
+            current = "(missing)" if field.required else field.default
+        elif field.secret:
+            current = hide_password(raw) if "://" in raw else "(hidden)"
+        else:
+            current = raw
+        rows.append(Setting(field.variable, current, field.default, field.meaning))
+    return rows
+
+
+def hide_password(url: str) -> str:
+    """Return `url` with its password, in front of the host or in the query, as `***`.
+
+    It hides too much rather than too little: a password with an unescaped `@` or `/` is not
+    where a parser looks for it.
+    """
+    url = re.sub(r"://([^:/?@]*):.*@", r"://\1:***@", url)
+    return re.sub(r"(?i)([?&][^=&]*(?:password|secret|token)[^=&]*=)[^&]*", r"\1***", url)
+
+
+_DATABASE_SCHEMES = {"postgres", "postgresql", "postgres+asyncpg", "postgresql+asyncpg"}
+_SSL_MODES = {"disable", "allow", "prefer", "require", "verify-ca", "verify-full"}
+# What may stay in the query: SQLAlchemy or asyncpg itself takes it, as a string.
+_DATABASE_OPTIONS = {
+    "host",
+    "port",
+    "user",
+    "password",
+    "passfile",
+    "target_session_attrs",
+    "krbsrvname",
+    "gsslib",
+    "prepared_statement_cache_size",
+}
+# asyncpg takes these as numbers only, and a URL holds strings only.
+_DATABASE_NUMBERS: dict[str, type[int] | type[float]] = {
+    "timeout": float,
+    "command_timeout": float,
+    "statement_cache_size": int,
+    "max_cached_statement_lifetime": int,
+    "max_cacheable_statement_size": int,
+}
+
+
+def database_engine_arguments(url: str) -> tuple[URL, dict[str, Any]]:
+    """Return what `create_async_engine` takes for `url`: the URL for asyncpg and `connect_args`.
+
+    `sslmode` and `sslrootcert`, in libpq's meaning, become asyncpg's `ssl`; where no root
+    certificate is given, the system's are trusted. `channel_binding` is dropped: asyncpg always
+    uses SCRAM without it.
+
+    Raises:
+        SettingsError: asyncpg would refuse the URL.
+    """
+    try:
+        parsed = make_url(url)
+        # SQLAlchemy reads `?host=a:1` only when it connects; a wrong one is to be named here.
+        parsed.set(drivername="postgresql+asyncpg").get_dialect()().create_connect_args(parsed)
+    # Their texts repeat the URL, or parts of it that may be the password.
+    except (ArgumentError, ValueError, TypeError, AssertionError):
+        raise SettingsError("DATABASE_URL is wrong: it cannot be read as a URL") from None
+    if parsed.drivername not in _DATABASE_SCHEMES:
+        raise SettingsError(
+            "DATABASE_URL is wrong: it must begin with postgresql+asyncpg:// or postgresql://"
+        )
+    query = dict(parsed.query)
+    query.pop("channel_binding", None)
+    mode = query.pop("sslmode", None) or query.pop("ssl", None)
+    root = query.pop("sslrootcert", None)
+    arguments: dict[str, Any] = {}
+    for name, number in _DATABASE_NUMBERS.items():
+        if name in query:
+            try:
+                arguments[name] = number(str(query.pop(name)))
+            except ValueError:
+                raise SettingsError(f"DATABASE_URL is wrong: {name} must be a number") from None
+    if unknown := sorted(query.keys() - _DATABASE_OPTIONS):
+        raise SettingsError(f"DATABASE_URL is wrong: asyncpg does not know {', '.join(unknown)}")
+    if mode is not None or root is not None:
+        arguments["ssl"] = _ssl(str(mode or "prefer"), None if root is None else str(root))
+    return parsed.set(drivername="postgresql+asyncpg", query=query), arguments
+
+
+def _ssl(mode: str, root: str | None) -> str | ssl.SSLContext:
+    if mode not in _SSL_MODES:
+        raise SettingsError(
+            f"DATABASE_URL is wrong: sslmode must be one of {', '.join(sorted(_SSL_MODES))}"
+        )
+    # libpq: with a root certificate, `require` means `verify-ca`.
+    if mode == "require" and root is not None:
+        mode = "verify-ca"
+    if not mode.startswith("verify-"):
+        return mode
+    try:
+        context = ssl.create_default_context(cafile=None if root in (None, "system") else root)
+    except OSError as error:
+        reason = error.strerror or "no certificate in it"
+        raise SettingsError(f"DATABASE_URL is wrong: sslrootcert={root!a}: {reason}") from None
+    context.check_hostname = mode == "verify-full"
+    return context
+
+
+class _Field(NamedTuple):
+    name: str
+    variable: str
+    type: Any
+    required: bool
+    default: str
+    meaning: str
+    secret: bool
+
+
+def _fields() -> Iterator[_Field]:
+    for field in msgspec.structs.fields(Settings):
+        (meta,) = field.type.__metadata__
+        yield _Field(
+            name=field.name,
+            variable=field.name.upper(),
+            type=field.type,
+            required=field.required,
+            default="" if field.required else _shown(field.default),
+            meaning=meta.description,
+            secret=meta.extra == _SECRET,
+        )
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "" if value is None else str(value)
+
+
+def _read(
+    environ: Mapping[str, str], dotenv: Path | None, defaults: Mapping[str, str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the raw values by variable, and what is wrong by variable."""
+    written = dotenv_values(dotenv) if dotenv is not None and dotenv.is_file() else {}
+    values: dict[str, str] = {}
+    problems: dict[str, str] = {}
+    for field in _fields():
+        for source in (environ, written, defaults):
+            value = (source.get(field.variable) or "").strip()
+            file = f"{field.variable}_FILE"
+            path = (source.get(file) or "").strip() if field.secret else ""
+            if value and path:
+                problems[field.variable] = f"{field.variable} and {file} are both set"
+            elif path:
+                try:
+                    value = Path(path).read_text(encoding="utf-8").strip()
+                except (OSError, UnicodeDecodeError) as error:
+                    reason = getattr(error, "strerror", None) or "it is not text"
+                    problems[field.variable] = f"{file}={path!a} cannot be read: {reason}"
+            if value or path:
+                values[field.variable] = value
+                break
+    return values, problems
+
+
+def _convert(field: _Field, raw: str) -> object:
+    """Return the value of `raw`; raises `msgspec.ValidationError`, which never holds it."""
+    if field.name == "database_url":
+        return _database_url(raw)
+    if field.name == "redis_url":
+        return _redis_url(raw)
+    if field.name == "default_timezone":
+        return _timezone(raw)
+    if field.name in _WORDS:
+        raw = raw.lower()
+    if field.type.__origin__ is bool:
+        try:
+            return _BOOLEANS[raw.lower()]
+        except KeyError:
+            raise msgspec.ValidationError("Expected on or off") from None
+    value = msgspec.convert(raw, field.type, strict=False)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise msgspec.ValidationError("Expected a finite number")
+    return value
+
+
+_WORDS = {"auth", "log_level", "log_format"}
+_BOOLEANS = {
+    **dict.fromkeys(("on", "true", "1", "yes"), True),
+    **dict.fromkeys(("off", "false", "0", "no"), False),
+}
+
+
+def _database_url(raw: str) -> str:
+    try:
+        database_engine_arguments(raw)
+    except SettingsError as error:
+        raise msgspec.ValidationError(str(error).partition("is wrong: ")[2]) from None
+    return raw
+
+
+def _redis_url(raw: str) -> str:
+    # redis-py knows Valkey's servers, not its schemes.
+    url = re.sub(r"^valkey(s?)://", r"redis\1://", raw)
+    try:
+        parse_url(url)
+        target = urlsplit(url)
+        complete = target.path if target.scheme == "unix" else target.hostname
+    except ValueError:
+        complete = None
+    if not complete:
+        raise msgspec.ValidationError(
+            "Expected redis://host:6379/0, rediss://…, unix:///path or valkey://…"
+        )
+    return url
+
+
+def _timezone(raw: str) -> str:
+    zones = resources.files("tzdata").joinpath("zones").read_text(encoding="utf-8").splitlines()
+    if raw not in zones:
+        raise msgspec.ValidationError("Expected an IANA time zone, e.g. Europe/Berlin")
+    return raw

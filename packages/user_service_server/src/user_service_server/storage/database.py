@@ -1,0 +1,142 @@
+"""The connections to Postgres: how they are made, and what their failures mean to a caller."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import asyncpg
+import msgspec
+from sqlalchemy import event
+from sqlalchemy.exc import DBAPIError, DisconnectionError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from ..errors import DependencyUnavailable, Overloaded
+from ..settings import Settings, database_engine_arguments
+
+TRANSACTION_TIMEOUT = 8.0
+"""Seconds a write may take from its announcement to its commit: less than a marker lives."""
+
+_SESSION = {
+    "application_name": "user-service",
+    "timezone": "UTC",
+    "statement_timeout": "5s",
+    "lock_timeout": "3s",
+    "idle_in_transaction_session_timeout": "5s",
+}
+
+# What Postgres says when it is there and cannot take this statement now.
+_BUSY = (
+    asyncpg.LockNotAvailableError,
+    asyncpg.DeadlockDetectedError,
+    asyncpg.QueryCanceledError,
+    asyncpg.TooManyConnectionsError,
+    asyncpg.OutOfMemoryError,
+)
+# What it says, or what is heard instead, when it is not there.
+_GONE = (
+    OSError,
+    TimeoutError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.InterfaceError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.InternalClientError,
+)
+
+
+def create_engine(settings: Settings, pool_size: int) -> AsyncEngine:
+    """Make an engine with `pool_size` connections; it connects when first used."""
+    url, connect_args = database_engine_arguments(settings.database_url)
+    engine = create_async_engine(
+        url,
+        connect_args={
+            "timeout": 2.0,
+            "command_timeout": 6.0,
+            "server_settings": _SESSION,
+            **connect_args,
+        },
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_timeout=1.0,
+        # Parameters are personal data, and exceptions end up in logs.
+        hide_parameters=True,
+        json_serializer=lambda value: msgspec.json.encode(value).decode(),
+        json_deserializer=msgspec.json.decode,
+    )
+    event.listen(engine.sync_engine, "checkout", _refuse_closed)
+    return engine
+
+
+def _refuse_closed(dbapi_connection: Any, _record: Any, _proxy: Any) -> None:
+    """Replace a connection whose socket Postgres has closed: a ping without its round trip."""
+    if dbapi_connection.driver_connection.is_closed():
+        raise DisconnectionError
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turn failures of Postgres into the errors that callers are told."""
+    try:
+        yield
+    except PoolTimeout as error:
+        raise Overloaded from error
+    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        raise _meaning(error) from error
+    except DBAPIError as error:
+        raise _meaning(_driver_error(error)) from error
+
+
+def _driver_error(error: DBAPIError) -> BaseException:
+    """Return asyncpg's own error, which SQLAlchemy wraps twice."""
+    below = error.orig
+    return below.__cause__ or below if below is not None else error
+
+
+def _meaning(error: BaseException) -> BaseException:
+    if isinstance(error, _BUSY):
+        return Overloaded()
+    if isinstance(error, _GONE):
+        return DependencyUnavailable()
+    return error
+
+
+class Database:
+    """Postgres, as reads and transactions see it.
+
+    `reachable` is kept by whoever watches Postgres (see `state`): while it is not, callers are
+    told at once instead of after a time-out.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._engine = create_engine(settings, settings.database_pool_size)
+        self._autocommit = self._engine.execution_options(isolation_level="AUTOCOMMIT")
+        self.reachable = True
+
+    @asynccontextmanager
+    async def reading(self) -> AsyncIterator[AsyncConnection]:
+        """Give a connection for single statements, without a transaction around them.
+
+        Raises:
+            DependencyUnavailable: Postgres cannot be reached.
+            Overloaded: no connection became free within a second, or a lock was not got.
+        """
+        self._fail_fast()
+        with translated():
+            async with self._autocommit.connect() as connection:
+                yield connection
+
+    async def connect(self) -> AsyncConnection:
+        """Check out a connection for a transaction; the caller closes it."""
+        self._fail_fast()
+        with translated():
+            return await self._engine.connect()
+
+    def _fail_fast(self) -> None:
+        if not self.reachable:
+            raise DependencyUnavailable
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._engine.dispose()

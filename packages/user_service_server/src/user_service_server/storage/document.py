@@ -1,0 +1,169 @@
+"""The document: how a user is read in one statement, encoded, and told from other copies."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from sqlalchemy import ColumnElement, Row, Text, any_, cast, func, literal_column, select
+from sqlalchemy.dialects.postgresql import ARRAY, UUID, aggregate_order_by
+from sqlalchemy.ext.asyncio import AsyncConnection
+from user_service_schemas import RULES, Choices, Device, User, effective_preferences
+
+from ..settings import Settings
+from .tables import devices, preferences, users
+
+_ID = UUID(as_uuid=False)
+_decode_devices = msgspec.json.Decoder(tuple[Device, ...]).decode
+decode_user = msgspec.json.Decoder(User).decode
+_encode = msgspec.json.Encoder().encode
+
+
+class StoredDocument(msgspec.Struct, frozen=True, gc=False):
+    """A document as it lies in the cache and goes to the socket: encoded, its version beside."""
+
+    version: int
+    body: bytes
+
+
+class Document(msgspec.Struct, frozen=True):
+    """A document that was just read, for those who need its parts."""
+
+    user: User
+
+    @property
+    def version(self) -> int:
+        """The user's version."""
+        return self.user.version
+
+    def stored(self) -> StoredDocument:
+        """Return the encoded form."""
+        return StoredDocument(version=self.user.version, body=_encode(self.user))
+
+
+_active_devices = (
+    select(
+        func.coalesce(
+            cast(
+                func.json_agg(
+                    aggregate_order_by(
+                        func.json_build_object(
+                            *("id", devices.c.id, "token", devices.c.token),
+                            *("platform", devices.c.platform, "app", devices.c.app),
+                            *("active", devices.c.active),
+                            *("registered_at", devices.c.registered_at),
+                        ),
+                        devices.c.registered_at.desc(),
+                        devices.c.id.desc(),
+                    )
+                ),
+                Text,
+            ),
+            literal_column("'[]'"),
+        )
+    )
+    .where(devices.c.user_id == users.c.id, devices.c.active)
+    .scalar_subquery()
+)
+
+_DOCUMENT = (
+    select(
+        users.c.id,
+        users.c.external_id,
+        users.c.name,
+        users.c.email,
+        users.c.phone,
+        users.c.locale,
+        users.c.email_deliverable,
+        users.c.version,
+        users.c.created_at,
+        users.c.updated_at,
+        preferences.c.email.label("wants_email"),
+        preferences.c.push,
+        preferences.c.quiet_hours_start,
+        preferences.c.quiet_hours_end,
+        preferences.c.timezone,
+        preferences.c.muted_until,
+        preferences.c.categories,
+        _active_devices.label("devices"),
+    )
+    .join_from(users, preferences)
+    .where(users.c.deleted_at.is_(None))
+)
+
+
+class DocumentShape:
+    """The settings that shape a document, and `format`, the digest of shape and settings."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._default_timezone = settings.default_timezone
+        shape = _encode([msgspec.json.schema(User), RULES, settings.default_timezone])
+        self.format = hashlib.sha256(shape).hexdigest()[:8]
+
+    async def read(
+        self, connection: AsyncConnection, *where: ColumnElement[bool], limit: int | None = None
+    ) -> list[Document]:
+        """Read the documents of the users that `where` selects, by ascending id."""
+        statement = _DOCUMENT.where(*where).order_by(users.c.id).limit(limit)
+        return [self._document(row) for row in await connection.execute(statement)]
+
+    async def read_by_id(
+        self, connection: AsyncConnection, ids: Sequence[str]
+    ) -> dict[str, Document]:
+        """Read the documents of `ids`; who is not there is left out."""
+        found = await self.read(connection, users.c.id == any_(cast(ids, ARRAY(_ID))))
+        return {document.user.id: document for document in found}
+
+    def _document(self, row: Row[*tuple[Any, ...]]) -> Document:
+        choices = Choices(
+            email=row.wants_email,
+            push=row.push,
+            quiet_hours_start=row.quiet_hours_start,
+            quiet_hours_end=row.quiet_hours_end,
+            timezone=row.timezone,
+            muted_until=row.muted_until,
+            categories=row.categories,
+        )
+        return Document(
+            User(
+                id=row.id,
+                external_id=row.external_id,
+                name=row.name,
+                email=row.email,
+                phone=row.phone,
+                locale=row.locale,
+                email_deliverable=row.email_deliverable,
+                preferences=effective_preferences(choices, self._default_timezone),
+                devices=_decode_devices(row.devices),
+                version=row.version,
+                rules=RULES,
+                created_at=row.created_at,
+                updated_at=row.updated_at,
+            )
+        )
+
+
+_TAG = re.compile(r'(?:W/)?"([0-9a-f]+)\.([0-9a-f]+)\.([0-9]{1,18})"')
+
+
+class EntityTags:
+    """The tags of a request's `If-Match` or `If-None-Match` (RFC 9110, section 13.1).
+
+    A tag is `"<epoch>.<format>.<version>"`. A `W/` before it is passed over: proxies that
+    compress put it there, and it is the version that is compared, not the bytes.
+    """
+
+    def __init__(self, header: str) -> None:
+        self._any = header.strip() == "*"
+        self._tags = _TAG.findall(header)
+
+    def name_version(self, epoch: str, version: int) -> bool:
+        """Whether one of the tags is of this version, in whatever format (`If-Match`)."""
+        return self._any or any(tag[0] == epoch and int(tag[2]) == version for tag in self._tags)
+
+    def name_representation(self, etag: str) -> bool:
+        """Whether one of the tags is of this very representation (`If-None-Match`)."""
+        return self._any or any('"{}.{}.{}"'.format(*tag) == etag for tag in self._tags)

@@ -1,0 +1,318 @@
+"""How documents are read and written: through the cache, and in the one shape of a write."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from sqlalchemy import ColumnElement, Row, select, text
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection
+from user_service_schemas import ChangeKind, User
+
+from ..errors import Overloaded, UserNotFound, VersionMismatch
+from .cache import MISS, DocumentCache
+from .database import TRANSACTION_TIMEOUT, Database, translated
+from .document import Document, DocumentShape, EntityTags, StoredDocument, decode_user
+from .state import StateWatcher
+from .tables import users
+
+UNKNOWN_FOR = 5.0
+"""Seconds for which a process remembers that an id is nobody's."""
+MAX_UNKNOWN = 10_000
+
+# A new user has its version already, and a password's is no change of the document.
+_WITHOUT_STEP = frozenset({ChangeKind.USER_CREATED, ChangeKind.PASSWORD_UPDATED})
+# Versions and change log in one statement.
+_RAISE = text("""
+    WITH changed AS (
+        SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:kinds AS text[]), CAST(:steps AS int[]))
+            AS changed (id, kind, step)
+    ), raised AS (
+        UPDATE users
+        SET version = version + changed.step,
+            updated_at = CASE changed.step WHEN 0 THEN updated_at ELSE clock_timestamp() END
+        FROM changed
+        WHERE users.id = changed.id
+        RETURNING users.id, version, kind
+    )
+    INSERT INTO changes (user_id, version, kind, at)
+    SELECT id, version, kind, clock_timestamp() FROM raised
+""")
+_ADVISORY_LOCKS = text(
+    "SELECT pg_advisory_xact_lock(key) FROM unnest(CAST(:keys AS bigint[])) AS key"
+)
+
+
+class Write:
+    """One transaction that may change users; see `Documents.write`."""
+
+    def __init__(self, documents: Documents, connection: AsyncConnection, token: str) -> None:
+        self.connection = connection
+        self._documents = documents
+        self._token = token
+        self._announced: set[str] = set()
+        self._kinds: dict[str, ChangeKind] = {}
+        self._committed: Mapping[str, Document] = {}
+
+    async def lock_names(self, *names: bytes) -> None:
+        """Lock digests of tokens or emails until the end of the transaction, in one order.
+
+        Before any user: locks are always taken in the order names, users, devices.
+        """
+        keys = sorted(int.from_bytes(name[:8], "big", signed=True) for name in names)
+        await self.connection.execute(_ADVISORY_LOCKS, {"keys": keys})
+
+    async def lock_users(self, *user_ids: str) -> dict[str, Row[Any]]:
+        """Announce and lock users, by ascending id; returns the rows of those that exist."""
+        await self.announce(*user_ids)
+        rows = await self.connection.execute(
+            select(users)
+            .where(users.c.id.in_(user_ids), users.c.deleted_at.is_(None))
+            .order_by(users.c.id)
+            .with_for_update(key_share=True)
+        )
+        return {row.id: row for row in rows}
+
+    async def lock_user(self, user_id: str, if_match: EntityTags | None) -> Row[Any]:
+        """Announce and lock one user and return its row.
+
+        Raises:
+            UserNotFound: there is no such user.
+            VersionMismatch: the user has another version than `if_match` names.
+        """
+        rows = await self.lock_users(user_id)
+        return self.expect(rows, user_id, if_match)
+
+    def expect(
+        self, rows: Mapping[str, Row[Any]], user_id: str, if_match: EntityTags | None
+    ) -> Row[Any]:
+        """Return the user's locked row; raises as `lock_user` does."""
+        row = rows.get(user_id)
+        if row is None:
+            raise UserNotFound
+        if if_match and not if_match.name_version(self._documents.epoch, row.version):
+            raise VersionMismatch(headers=[("ETag", self._documents.etag(row.version))])
+        return row
+
+    async def announce(self, *user_ids: str) -> None:
+        """Say in the cache that these users are about to change."""
+        fresh = set(user_ids) - self._announced
+        if fresh:
+            self._announced |= fresh
+            await self._documents.cache.announce(fresh, self._token)
+
+    def changed(self, user_id: str, kind: ChangeKind) -> None:
+        """Say that the user was changed: its version rises, and the change is logged."""
+        self._kinds[user_id] = kind
+
+    def document(self, user_id: str) -> User:
+        """Return the document as it was committed."""
+        return self._committed[user_id].user
+
+    async def conclude(self) -> None:
+        """Raise the versions and append the changes; then, in a later statement, read.
+
+        One statement for both would return the new version with devices from before the lock.
+        """
+        if self._kinds:
+            await self.connection.execute(
+                _RAISE,
+                {
+                    "ids": list(self._kinds),
+                    "kinds": [kind.value for kind in self._kinds.values()],
+                    "steps": [int(kind not in _WITHOUT_STEP) for kind in self._kinds.values()],
+                },
+            )
+        self._committed = await self._documents.shape.read_by_id(
+            self.connection, list(self._announced)
+        )
+
+    async def commit(self) -> None:
+        """Commit, then let the cache know. Not to be cancelled in between."""
+        try:
+            with translated():
+                await self.connection.commit()
+        finally:
+            await self.connection.close()
+        # After a commit whose outcome is unknown, the marker stays until it expires.
+        documents = {
+            user_id: document.stored() if (document := self._committed.get(user_id)) else None
+            for user_id in self._announced
+        }
+        self._documents.forget_flights(self._announced)
+        await self._documents.cache.publish(documents, self._token)
+
+    async def abandon(self) -> None:
+        """Roll back, and take the announcements away."""
+        # A connection that cannot even be closed is gone, and its transaction with it.
+        with contextlib.suppress(SQLAlchemyError, OSError):
+            await self.connection.close()
+        await self._documents.cache.publish(dict.fromkeys(self._announced), self._token)
+
+
+class Documents:
+    """The users' documents, as one process sees them."""
+
+    def __init__(
+        self, database: Database, state: StateWatcher, cache: DocumentCache, shape: DocumentShape
+    ) -> None:
+        self.cache = cache
+        self.shape = shape
+        self._database = database
+        self._state = state
+        self._flights: dict[str, asyncio.Task[StoredDocument | None]] = {}
+        self._unknown: dict[str, float] = {}
+        self._endings: set[asyncio.Task[None]] = set()
+
+    @property
+    def epoch(self) -> str:
+        """The epoch of the database."""
+        return self._state.epoch
+
+    def etag(self, version: int) -> str:
+        """Return the entity tag of a version: `"<epoch>.<format>.<version>"`."""
+        return f'"{self._state.epoch}.{self.shape.format}.{version}"'
+
+    async def get(self, user_id: str, min_version: int = 0) -> StoredDocument:
+        """Return a user's document, from the cache if it is there.
+
+        A cached copy below `min_version` is passed over.
+
+        Raises:
+            UserNotFound: there is no such user.
+            DependencyUnavailable: it is not cached, and Postgres cannot be reached.
+        """
+        if self._unknown and self._is_unknown(user_id):
+            raise UserNotFound
+        cached = await self.cache.get(user_id)
+        if isinstance(cached, StoredDocument):
+            if cached.version >= min_version:
+                return cached
+            found = await self._load(user_id, fill=False)
+        else:
+            found = await self._join_flight(user_id, fill=cached is MISS)
+            if found is not None and found.version < min_version:
+                found = await self._load(user_id, fill=False)
+        if found is None:
+            raise UserNotFound
+        return found
+
+    async def get_user(self, user_id: str, min_version: int = 0) -> User:
+        """Return a user's decoded document; raises as `get` does."""
+        return decode_user((await self.get(user_id, min_version)).body)
+
+    async def get_many(self, ids: Sequence[str]) -> dict[str, StoredDocument]:
+        """Return the documents of `ids`; who does not exist is left out.
+
+        Takes one round trip to Redis, and one statement for all that is not cached.
+        """
+        cached = dict(zip(ids, await self.cache.get_many(ids), strict=True))
+        found = {i: doc for i, doc in cached.items() if isinstance(doc, StoredDocument)}
+        lacking = [user_id for user_id in cached if user_id not in found]
+        if lacking:
+            leases = await self.cache.lease([i for i in lacking if cached[i] is MISS])
+            async with self._database.reading() as connection:
+                read = await self.shape.read_by_id(connection, lacking)
+            found |= {user_id: document.stored() for user_id, document in read.items()}
+            await self.cache.fill({i: found[i] for i in leases if i in found}, leases)
+        return found
+
+    async def find(self, *where: ColumnElement[bool], limit: int | None = None) -> list[User]:
+        """Return the users that `where` selects, straight from Postgres, by ascending id."""
+        async with self._database.reading() as connection:
+            found = await self.shape.read(connection, *where, limit=limit)
+        return [document.user for document in found]
+
+    @asynccontextmanager
+    async def write(self, *user_ids: str) -> AsyncIterator[Write]:
+        """Run a write in the one shape that writes have.
+
+        Announce `user_ids`, begin; the block locks, changes, and says what `changed`; then raise
+        the versions, append the changes, read the documents, commit, publish.
+
+        Raises:
+            Overloaded: it took longer than `TRANSACTION_TIMEOUT`, or a lock was not got.
+            DependencyUnavailable: Postgres cannot be reached.
+        """
+        connection = await self._database.connect()
+        write = Write(self, connection, secrets.token_hex(8))
+        try:
+            async with asyncio.timeout(TRANSACTION_TIMEOUT):
+                await write.announce(*user_ids)
+                with translated():
+                    yield write
+                    await write.conclude()
+        except BaseException as error:
+            await self._to_the_end(write.abandon())
+            if isinstance(error, TimeoutError):
+                raise Overloaded from error
+            raise
+        await self._to_the_end(write.commit())
+
+    async def _to_the_end(self, ending: Awaitable[None]) -> None:
+        """Run the end of a write even if the request that made it is cancelled."""
+
+        async def run() -> None:
+            await ending
+
+        task = asyncio.create_task(run())
+        self._endings.add(task)
+        task.add_done_callback(self._endings.discard)
+        await asyncio.shield(task)
+
+    def forget_flights(self, ids: Sequence[str] | set[str]) -> None:
+        """Detach the reads under way, which may be older than what was just committed."""
+        for user_id in ids:
+            self._flights.pop(user_id, None)
+            self._unknown.pop(user_id, None)
+
+    async def _join_flight(self, user_id: str, fill: bool) -> StoredDocument | None:
+        """Read a document from Postgres, once for all who miss it at the same time."""
+        flight = self._flights.get(user_id)
+        if flight is None:
+            flight = asyncio.create_task(self._load(user_id, fill))
+            self._flights[user_id] = flight
+            flight.add_done_callback(lambda done: self._landed(user_id, done))
+        return await asyncio.shield(flight)
+
+    def _landed(self, user_id: str, flight: asyncio.Task[StoredDocument | None]) -> None:
+        if self._flights.get(user_id) is flight:
+            del self._flights[user_id]
+        if not flight.cancelled():
+            flight.exception()  # whoever waited has it; a flight that nobody joined is no warning
+
+    async def _load(self, user_id: str, fill: bool) -> StoredDocument | None:
+        leases = await self.cache.lease([user_id]) if fill else {}
+        async with self._database.reading() as connection:
+            found = await self.shape.read_by_id(connection, [user_id])
+        if user_id not in found:
+            self._remember_unknown(user_id)
+            return None
+        document = found[user_id].stored()
+        if leases:
+            await self.cache.fill({user_id: document}, leases)
+        return document
+
+    def _is_unknown(self, user_id: str) -> bool:
+        until = self._unknown.get(user_id)
+        if until is None:
+            return False
+        if time.monotonic() < until:
+            return True
+        del self._unknown[user_id]
+        return False
+
+    def _remember_unknown(self, user_id: str) -> None:
+        if len(self._unknown) >= MAX_UNKNOWN:
+            del self._unknown[next(iter(self._unknown))]
+        self._unknown[user_id] = time.monotonic() + UNKNOWN_FOR
+
+    async def close(self) -> None:
+        """Wait for the ends of writes."""
+        await asyncio.gather(*self._endings, return_exceptions=True)

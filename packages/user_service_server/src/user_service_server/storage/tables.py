@@ -1,0 +1,143 @@
+"""The tables. Constraint names are made by one convention, so that errors can be told apart."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    DateTime,
+    ForeignKey,
+    Identity,
+    Index,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    Table,
+    Text,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB, UUID
+
+REVISION = "0001"
+"""The migration that makes these tables. Revisions are numbers, so that they can be compared."""
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+
+def _id() -> UUID[str]:
+    return UUID(as_uuid=False)
+
+
+def _instant() -> DateTime:
+    return DateTime(timezone=True)
+
+
+# Compared byte by byte: whether two keys are equal must not depend on the database's locale.
+_exact = Text(collation="C")
+
+users = Table(
+    "users",
+    metadata,
+    Column("id", _id(), primary_key=True),
+    Column("external_id", _exact, unique=True),
+    Column("name", Text),
+    Column("email", Text),
+    Column("email_key", _exact, unique=True),
+    Column("email_deliverable", Boolean, nullable=False, server_default=text("true")),
+    Column("phone", _exact, index=True),
+    Column("locale", Text),
+    Column("password_hash", Text),
+    Column("version", BigInteger, nullable=False),
+    Column("created_at", _instant(), nullable=False),
+    Column("updated_at", _instant(), nullable=False),
+    Column("deleted_at", _instant()),
+    # Of an erased user only the id, the version and the times stay.
+    CheckConstraint(
+        "deleted_at IS NULL OR num_nonnulls(external_id, name, email, email_key, phone, locale,"
+        " password_hash) = 0",
+        name="erased_is_empty",
+    ),
+    CheckConstraint(
+        "deleted_at IS NOT NULL OR num_nulls(name, email, email_key) = 0", name="user_is_complete"
+    ),
+)
+
+preferences = Table(
+    "preferences",
+    metadata,
+    Column("user_id", _id(), ForeignKey(users.c.id, ondelete="CASCADE"), primary_key=True),
+    Column("email", Boolean, nullable=False),
+    Column("push", Boolean, nullable=False),
+    Column("quiet_hours_start", Text),
+    Column("quiet_hours_end", Text),
+    Column("timezone", Text),
+    Column("muted_until", _instant()),
+    Column("categories", JSONB, nullable=False, server_default=text("'{}'")),
+    CheckConstraint("num_nulls(quiet_hours_start, quiet_hours_end) <> 1", name="quiet_hours_pair"),
+)
+
+devices = Table(
+    "devices",
+    metadata,
+    Column("id", _id(), primary_key=True),
+    Column("user_id", _id(), ForeignKey(users.c.id, ondelete="CASCADE"), nullable=False),
+    Column("token", Text, nullable=False),
+    # SHA-256 of the token: tokens reach 4096 characters, more than an index entry may have.
+    Column("token_digest", LargeBinary, nullable=False, unique=True),
+    Column("platform", Text, nullable=False),
+    Column("app", Text),
+    Column("active", Boolean, nullable=False),
+    Column("inactive_reason", Text),
+    Column("registered_at", _instant(), nullable=False),
+    Column("last_seen_at", _instant(), nullable=False),
+    Column("deactivated_at", _instant()),
+    CheckConstraint("active = (deactivated_at IS NULL)", name="active_or_deactivated"),
+    Index(None, "user_id"),
+)
+
+changes = Table(
+    "changes",
+    metadata,
+    # The order of insertion is not the order of commits: readers go by `position`, which is given
+    # to committed rows only, by one sequencer.
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("position", BigInteger, unique=True),
+    Column("user_id", _id(), nullable=False),
+    Column("version", BigInteger, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("at", _instant(), nullable=False),
+    Column("actor", Text),
+    Index("ix_changes_unnumbered", "id", postgresql_where=text("position IS NULL")),
+)
+
+preference_history = Table(
+    "preference_history",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("user_id", _id(), ForeignKey(users.c.id, ondelete="CASCADE"), nullable=False),
+    Column("version", BigInteger, nullable=False),
+    Column("at", _instant(), nullable=False),
+    Column("actor", Text),
+    Column("source", Text),
+    Column("policy_version", Text),
+    Column("changes", JSONB, nullable=False),
+    Index(None, "user_id", "id"),
+)
+
+service_state = Table(
+    "service_state",
+    metadata,
+    Column("id", SmallInteger, primary_key=True, autoincrement=False),
+    Column("epoch", Text, nullable=False),
+    CheckConstraint("id = 1", name="one_row"),
+)

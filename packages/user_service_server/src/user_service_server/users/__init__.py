@@ -1,0 +1,1 @@
+"""Users: registration, profiles, lookup and erasure."""

@@ -1,0 +1,78 @@
+"""The SQL of users."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from sqlalchemy import ColumnElement, func, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from ..storage.tables import users
+
+
+def email_name(email_key: str) -> bytes:
+    """Return the name under which a write locks an email."""
+    return hashlib.sha256(b"email:" + email_key.encode()).digest()
+
+
+def external_id_name(external_id: str) -> bytes:
+    """Return the name under which a write locks an external id."""
+    return hashlib.sha256(b"external_id:" + external_id.encode()).digest()
+
+
+def by_email(email_key: str) -> ColumnElement[bool]:
+    """Select the user who has this email."""
+    return users.c.email_key == email_key
+
+
+def by_phone(phone: str) -> ColumnElement[bool]:
+    """Select the users who have this telephone number."""
+    return users.c.phone == phone
+
+
+def by_external_id(external_id: str) -> ColumnElement[bool]:
+    """Select the user who has this external id."""
+    return users.c.external_id == external_id
+
+
+def after(user_id: str) -> ColumnElement[bool]:
+    """Select the users behind `user_id` in the order of ids, which is that of registration."""
+    return users.c.id > user_id
+
+
+async def insert_user(connection: AsyncConnection, user_id: str, values: dict[str, Any]) -> bool:
+    """Insert a user at version 1; False if the email or the external id is another's.
+
+    A plain insert that fails would leave `Key (email)=(…)` in Postgres' log.
+    """
+    now = func.now()
+    inserted = await connection.execute(
+        insert(users)
+        .values(id=user_id, version=1, created_at=now, updated_at=now, **values)
+        .on_conflict_do_nothing()
+        .returning(users.c.id)
+    )
+    return inserted.first() is not None
+
+
+async def is_taken(connection: AsyncConnection, by: ColumnElement[bool], user_id: str) -> bool:
+    """Whether somebody other than `user_id` is selected by `by`."""
+    statement = select(users.c.id).where(by, users.c.id != user_id)
+    return (await connection.execute(statement)).first() is not None
+
+
+async def update_user(connection: AsyncConnection, user_id: str, values: dict[str, Any]) -> None:
+    """Set columns of a locked user."""
+    await connection.execute(update(users).where(users.c.id == user_id).values(**values))
+
+
+async def erase_user(connection: AsyncConnection, user_id: str) -> None:
+    """Leave of a locked user only that the id existed."""
+    personal = ("external_id", "name", "email", "email_key", "phone", "locale", "password_hash")
+    await connection.execute(
+        update(users)
+        .where(users.c.id == user_id)
+        .values(deleted_at=func.clock_timestamp(), **dict.fromkeys(personal))
+    )

@@ -1,0 +1,173 @@
+"""The HTTP of users."""
+
+from __future__ import annotations
+
+import msgspec
+from litestar import Router, delete, get, post, route
+from litestar.params import FromPath, FromQuery, JSONBody
+from litestar.response.base import ASGIResponse
+from user_service_schemas import (
+    BatchOfUsers,
+    BatchUsers,
+    CreateUser,
+    ErrorCode,
+    FoundUsers,
+    LookupUsers,
+    Page,
+    User,
+    UserUpdate,
+)
+
+from ..http.answers import HTTPRequest, answer, document_answer, documents_answer
+from ..http.bodies import MAX_BATCH_BODY
+from ..http.operations import operation
+from ..http.requests import Limit, decode_cursor, encode_cursor, if_match, min_version, user_id_of
+from ..storage.documents import Documents
+from .service import Users
+
+_SAMPLE = {
+    "name": "John Doe",
+    "email": "john@example.com",
+    "password": "StrongPass123!",
+    "preferences": {"email": True, "push": False},
+}
+_UUID = "[0-9a-f-]{36}"
+
+
+def users_router(users: Users, documents: Documents) -> Router:
+    """Return the routes of users."""
+
+    @post(
+        "/",
+        **operation(
+            "create_user",
+            "Register a user",
+            {201: User},
+            ErrorCode.EMAIL_TAKEN,
+            ErrorCode.EXTERNAL_ID_TAKEN,
+            body=CreateUser,
+            example=_SAMPLE,
+            description="Preferences that are not named are: email and push on, no quiet hours.",
+        ),
+    )
+    async def create_user(data: JSONBody[CreateUser]) -> ASGIResponse:
+        user = await users.register(data)
+        headers = [
+            ("Location", f"/api/v1/users/{user.id}"),
+            ("ETag", documents.etag(user.version)),
+        ]
+        return answer(user, "User registered", status=201, headers=headers)
+
+    @get(
+        "/{user_id:str}",
+        **operation(
+            "get_user",
+            "Retrieve a user by id",
+            User,
+            ErrorCode.USER_NOT_FOUND,
+            reads_document=True,
+        ),
+    )
+    async def get_user(request: HTTPRequest, user_id: FromPath[str]) -> ASGIResponse:
+        document = await documents.get(user_id_of(user_id), min_version(request))
+        return document_answer(request, document, documents.etag(document.version))
+
+    @get(
+        "/",
+        **operation(
+            "list_users",
+            "List users, oldest registration first",
+            Page[User],
+            page=True,
+        ),
+    )
+    async def list_users(limit: Limit = 50, cursor: FromQuery[str | None] = None) -> ASGIResponse:
+        position = decode_cursor("users", cursor, _UUID)
+        found = await users.list_after(position, limit + 1)
+        more = len(found) > limit
+        page = Page[User](
+            items=tuple(found[:limit]),
+            next_cursor=encode_cursor("users", found[limit - 1].id) if more else None,
+        )
+        return answer(page, "Users listed")
+
+    @post(
+        "/lookup",
+        **operation(
+            "lookup_users",
+            "Find users by email, phone or external id",
+            FoundUsers,
+            body=LookupUsers,
+            example={"email": "john@example.com"},
+        ),
+    )
+    async def lookup_users(data: JSONBody[LookupUsers]) -> ASGIResponse:
+        return answer(FoundUsers(users=tuple(await users.lookup(data))), "Users looked up")
+
+    @post(
+        "/batch",
+        request_max_body_size=MAX_BATCH_BODY,
+        **operation(
+            "batch_users",
+            "Retrieve up to 1000 users by id",
+            BatchOfUsers,
+            body=BatchUsers,
+            example={"ids": ["01a205c7-a743-7a16-a135-c839ba84936e"]},
+        ),
+    )
+    async def batch_users(data: JSONBody[BatchUsers]) -> ASGIResponse:
+        ids = list(dict.fromkeys(user_id.lower() for user_id in data.ids))
+        found = await users.get_many(ids)
+        missing = msgspec.json.encode([user_id for user_id in ids if user_id not in found])
+        bodies = [found[user_id].body for user_id in ids if user_id in found]
+        return documents_answer("users", bodies, b',"missing":' + missing, "Users retrieved")
+
+    @route(
+        "/{user_id:str}",
+        http_method=["PATCH", "PUT"],
+        **operation(
+            "update_user",
+            "Update a profile",
+            User,
+            ErrorCode.USER_NOT_FOUND,
+            ErrorCode.EMAIL_TAKEN,
+            ErrorCode.EXTERNAL_ID_TAKEN,
+            body=UserUpdate,
+            example={"phone": "+48221234567"},
+            writes_document=True,
+            description="What is omitted keeps its value, null clears. PUT merges, too.",
+        ),
+    )
+    async def update_user(
+        request: HTTPRequest, user_id: FromPath[str], data: JSONBody[UserUpdate]
+    ) -> ASGIResponse:
+        user = await users.update(user_id_of(user_id), data, if_match(request))
+        return answer(user, "User updated", headers=[("ETag", documents.etag(user.version))])
+
+    @delete(
+        "/{user_id:str}",
+        **operation(
+            "delete_user",
+            "Erase a user",
+            None,
+            ErrorCode.USER_NOT_FOUND,
+            writes_document=True,
+            description="Personal data is gone; that the id existed stays.",
+        ),
+    )
+    async def delete_user(request: HTTPRequest, user_id: FromPath[str]) -> ASGIResponse:
+        await users.erase(user_id_of(user_id), if_match(request))
+        return answer(None, "User erased")
+
+    return Router(
+        "/users",
+        route_handlers=[
+            create_user,
+            get_user,
+            list_users,
+            lookup_users,
+            batch_users,
+            update_user,
+            delete_user,
+        ],
+    )

@@ -1,0 +1,153 @@
+"""The rules of users: registration, profiles, lookup, erasure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from msgspec import UNSET
+from user_service_schemas import (
+    ChangeKind,
+    Choices,
+    CreateUser,
+    FieldError,
+    LookupUsers,
+    RuleViolation,
+    User,
+    UserUpdate,
+    merge_preferences,
+)
+from uuid_utils import uuid7
+
+from ..credentials.passwords import Passwords, judge_password
+from ..devices import repository as devices
+from ..errors import EmailTaken, ExternalIdTaken, Invalid
+from ..preferences import repository as preferences
+from ..settings import Settings
+from ..storage.document import EntityTags, StoredDocument
+from ..storage.documents import Documents, Write
+from . import repository
+from .profile import email_key, profile_values
+
+
+class Users:
+    """What can be done with users."""
+
+    def __init__(self, settings: Settings, documents: Documents, passwords: Passwords) -> None:
+        self._password_required = settings.password_required
+        self._documents = documents
+        self._passwords = passwords
+
+    async def register(self, request: CreateUser) -> User:
+        """Register a user with default preferences where the request names none.
+
+        Raises:
+            Invalid: fields are not valid.
+            EmailTaken, ExternalIdTaken: another user has it.
+            Overloaded: too many passwords wait to be hashed.
+        """
+        values, choices = self._judge_registration(request)
+        if request.password is not None:
+            values["password_hash"] = await self._passwords.hash(request.password)
+        user_id = str(uuid7())
+        async with self._documents.write(user_id) as write:
+            await write.lock_names(*_names(values))
+            if not await repository.insert_user(write.connection, user_id, values):
+                await _refuse_taken(write, user_id, values)
+            await preferences.insert_choices(
+                write.connection, user_id, choices, request.preferences.consent or None
+            )
+            write.changed(user_id, ChangeKind.USER_CREATED)
+        return write.document(user_id)
+
+    def _judge_registration(self, request: CreateUser) -> tuple[dict[str, str | None], Choices]:
+        values, errors = profile_values(request)
+        choices = Choices()
+        try:
+            choices = merge_preferences(choices, request.preferences)
+        except RuleViolation as violation:
+            errors += [
+                FieldError(field=f"preferences.{detail.field}", message=detail.message)
+                for detail in violation.details
+            ]
+        if request.password is not None:
+            errors += judge_password(
+                request.password, field="password", email=request.email, name=request.name
+            )
+        elif self._password_required:
+            errors.append(FieldError(field="password", message="This field is required."))
+        if errors:
+            raise Invalid(*errors)
+        return values, choices
+
+    async def get_many(self, ids: Sequence[str]) -> dict[str, StoredDocument]:
+        """Return the documents of those of `ids` that exist."""
+        return await self._documents.get_many(ids)
+
+    async def lookup(self, request: LookupUsers) -> list[User]:
+        """Find users by email, telephone number or external id."""
+        if request.email is not UNSET:
+            by = repository.by_email(email_key(request.email))
+        elif request.phone is not UNSET:
+            by = repository.by_phone(request.phone)
+        else:
+            by = repository.by_external_id(str(request.external_id))
+        return await self._documents.find(by, limit=1000)
+
+    async def list_after(self, user_id: str | None, limit: int) -> list[User]:
+        """Return up to `limit` users behind `user_id`, oldest registration first."""
+        where = [repository.after(user_id)] if user_id else []
+        return await self._documents.find(*where, limit=limit)
+
+    async def update(self, user_id: str, request: UserUpdate, if_match: EntityTags | None) -> User:
+        """Change a profile.
+
+        Raises:
+            Invalid, UserNotFound, VersionMismatch, EmailTaken, ExternalIdTaken
+        """
+        values, errors = profile_values(request)
+        if errors:
+            raise Invalid(*errors)
+        async with self._documents.write(user_id) as write:
+            await write.lock_names(*_names(values))
+            row = await write.lock_user(user_id, if_match)
+            fresh = {column: v for column, v in values.items() if getattr(row, column) != v}
+            if fresh:
+                await _refuse_taken(write, user_id, fresh)
+                # An address that nobody complained about: suppression is by address.
+                reset = {"email_deliverable": True} if "email_key" in fresh else {}
+                await repository.update_user(write.connection, user_id, {**fresh, **reset})
+                write.changed(user_id, ChangeKind.USER_UPDATED)
+        return write.document(user_id)
+
+    async def erase(self, user_id: str, if_match: EntityTags | None) -> None:
+        """Erase a user's personal data; that the id existed stays.
+
+        Raises:
+            UserNotFound, VersionMismatch
+        """
+        async with self._documents.write(user_id) as write:
+            await write.lock_user(user_id, if_match)
+            await preferences.erase(write.connection, user_id)
+            await devices.erase(write.connection, user_id)
+            await repository.erase_user(write.connection, user_id)
+            write.changed(user_id, ChangeKind.USER_DELETED)
+
+
+def _names(values: dict[str, str | None]) -> list[bytes]:
+    """Return the names to lock so that a check for a taken value stays true until the commit."""
+    names = []
+    if key := values.get("email_key"):
+        names.append(repository.email_name(key))
+    if external_id := values.get("external_id"):
+        names.append(repository.external_id_name(external_id))
+    return names
+
+
+async def _refuse_taken(write: Write, user_id: str, values: dict[str, str | None]) -> None:
+    key, external_id = values.get("email_key"), values.get("external_id")
+    if key and await repository.is_taken(write.connection, repository.by_email(key), user_id):
+        raise EmailTaken(FieldError(field="email", message=EmailTaken.message))
+    if external_id and await repository.is_taken(
+        write.connection, repository.by_external_id(external_id), user_id
+    ):
+        raise ExternalIdTaken(FieldError(field="external_id", message=ExternalIdTaken.message))

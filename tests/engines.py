@@ -1,0 +1,68 @@
+"""Owns the engines of the tests: a fresh PostgreSQL and Valkey for each xdist worker.
+
+Each worker has its own, which takes half a second: nothing is shared, so nothing is agreed upon,
+and a test may stop, kill or pause an engine without meeting another test.
+"""
+
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from user_service_server.embedded import EmbeddedPostgres, EmbeddedValkey
+from user_service_server.settings import Settings, load_settings
+from user_service_server.storage.migrations import upgrade
+
+TEMPLATE = "template"
+"""The database that is migrated once, and that every other is a copy of."""
+
+SMALL = {"shared_buffers": "16MB", "max_wal_senders": "0", "wal_level": "minimal"}
+"""PostgreSQL settings for a server that lives as long as some tests."""
+
+
+@contextmanager
+def open_dir() -> Iterator[Path]:
+    """Yield a new directory through which PostgreSQL's system user may pass; pytest's are 0700."""
+    # Not below TMPDIR: on macOS its path leaves no room for the name of a socket.
+    directory = Path(tempfile.mkdtemp(prefix="us-", dir="/tmp"))
+    directory.chmod(0o711)
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory)
+
+
+class Engines:
+    """A running PostgreSQL with a migrated template database, and a running Valkey."""
+
+    def __init__(self, postgres: EmbeddedPostgres, valkey: EmbeddedValkey) -> None:
+        self.postgres = postgres
+        self.valkey = valkey
+        template = postgres.create_database(TEMPLATE)
+        upgrade(settings_for(template, valkey.url))
+
+    def create_database(self, name: str) -> str:
+        """Create a database as it is after `migrate`, and return its URL."""
+        return self.postgres.create_database(
+            re.sub(r"\W+", "_", name)[-60:].lower(), template=TEMPLATE
+        )
+
+
+@contextmanager
+def engines() -> Iterator[Engines]:
+    """Start the engines, and end them with all that they wrote."""
+    with ExitStack() as stack:
+        directory = stack.enter_context(open_dir())
+        postgres = EmbeddedPostgres(directory / "postgres", fsync=False, options=SMALL)
+        valkey = EmbeddedValkey(directory / "valkey")
+        stack.enter_context(postgres)
+        stack.enter_context(valkey)
+        yield Engines(postgres, valkey)
+
+
+def settings_for(database_url: str, redis_url: str, **others: str) -> Settings:
+    """The settings of a server on these engines; `others` by the names of their variables."""
+    environ = {"AUTH": "off", "DATABASE_URL": database_url, "REDIS_URL": redis_url}
+    return load_settings({**environ, **others}, None)
