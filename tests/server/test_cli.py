@@ -13,11 +13,17 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from user_service_server.settings import Settings
 
 from ..engines import open_dir
 
 MAIN = "from user_service_server.cli import main; main()"
 URLS = {"DATABASE_URL": "postgresql://user:hunter2@localhost/users", "REDIS_URL": "redis://r"}
+INHERITED = {
+    name: value
+    for name, value in os.environ.items()
+    if name.removesuffix("_FILE").lower() not in Settings.__struct_fields__
+}
 USER = {"name": "John Doe", "email": "john@example.com", "password": "StrongPass123!"}
 
 
@@ -26,7 +32,7 @@ def start(directory: Path, *arguments: str, **environ: str) -> subprocess.Popen[
     return subprocess.Popen(
         [sys.executable, "-c", MAIN, *arguments],
         cwd=directory,
-        env={"PATH": os.defpath, **environ},
+        env={**INHERITED, **environ},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

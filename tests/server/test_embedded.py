@@ -99,6 +99,8 @@ def test_a_long_path_gets_a_short_socket(directory: Path) -> None:
         assert query(postgres, "SELECT 1") == "1"
     with EmbeddedValkey(deep / "valkey") as valkey, redis.Redis.from_url(valkey.url) as client:
         assert client.ping()
+    assert not postgres.socket_dir.exists()
+    assert not valkey.socket_dir.exists()
 
 
 @pytest.mark.parametrize(("persist", "kept"), [(False, None), (True, b"1")])
@@ -143,13 +145,18 @@ def owner(directory: Path) -> Iterator[subprocess.Popen[str]]:
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
     ) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        yield process
+        try:
+            assert process.stdout.readline() == "ready\n"
+            yield process
+        finally:
+            process.kill()
 
 
 def test_interrupt_of_the_terminal_ends_the_engines_in_order(
     owner: subprocess.Popen[str], directory: Path
 ) -> None:
+    groups = {os.getpgid(process.pid) for process in processes(directory)}
+    assert owner.pid not in groups, "Ctrl-C would end them before their owner knows"
     os.killpg(owner.pid, signal.SIGINT)
     owner.wait(10)
     assert running(directory) == []

@@ -1,6 +1,7 @@
 """How a serving process starts, and how it ends: no answer is lost."""
 
 import asyncio
+import os
 import signal
 import socket
 import subprocess
@@ -102,7 +103,7 @@ async def served(
         *(sys.executable, "-c", APP, *arguments),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={name: str(value) for name, value in environ.items()},
+        env={**os.environ, **{name: str(value) for name, value in environ.items()}},
     )
     server = Served(process, port)
     try:

@@ -63,7 +63,10 @@ def _described(app: Litestar) -> Iterator[tuple[str, str, Operation]]:
             if op is not None:
                 path = re.sub(r"\{(\w+):\w+\}", r"{\1}", route.path_format)
                 for method in sorted(handler.http_methods):
-                    yield path, method.lower(), op
+                    # Ids are unique: where PUT merges like PATCH, PATCH has the plain one.
+                    twin = method == "PUT" and "PATCH" in handler.http_methods
+                    named = msgspec.structs.replace(op, id=f"{op.id}_by_put") if twin else op
+                    yield path, method.lower(), named
 
 
 def _operation(path: str, op: Operation, schema_of: Mapping[str, Any]) -> dict[str, Any]:
