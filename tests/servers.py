@@ -46,9 +46,9 @@ class Server:
 
     def start(self, *, wait: bool = True) -> None:
         """Start it; with `wait`, return when it takes requests."""
-        command = [sys.executable, "-m", "user_service_server.cli", "serve"]
+        command = [sys.executable, "-m", "user_service_server", "serve"]
         environ = {
-            "PATH": os.environ["PATH"],
+            **{name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ},
             "AUTH": "off",
             "SHUTDOWN_GRACE": "0",
             "PORT": str(self.port),
