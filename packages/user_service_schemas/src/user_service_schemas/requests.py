@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from types import UnionType
+from itertools import islice
+from types import SimpleNamespace, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
-from msgspec import Meta, UnsetType
+from msgspec import UNSET, Meta, UnsetType
 
 from .envelope import FieldError
 from .rules import RuleViolation
@@ -23,6 +24,11 @@ VERBATIM = frozenset({"password", "current_password"})
 BODY = "body"
 """The `field` of an error that concerns the request as a whole."""
 
+MAX_ERRORS = 100
+"""How many bad fields are named: a body can have more than anybody reads."""
+
+_UNCLEAN = object()
+"""In the place of a string with forbidden characters: it fits no type."""
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _SHOWABLE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _PATH = re.compile(r" - at `.*`$")
@@ -46,7 +52,11 @@ def decode_request(body: bytes, type_: type[T]) -> T:
 
 
 def convert_request(raw: object, type_: type[T]) -> T:
-    """Convert decoded JSON into `type_`; raises `RuleViolation` with every bad field."""
+    """Convert decoded JSON into `type_`.
+
+    Raises:
+        RuleViolation: `details` names every bad field, up to `MAX_ERRORS`; `valid` has the others.
+    """
     unclean: list[FieldError] = []
     cleaned = _clean(raw, "", unclean)
     if not unclean:
@@ -54,9 +64,9 @@ def convert_request(raw: object, type_: type[T]) -> T:
             return msgspec.convert(cleaned, type_)
         except msgspec.ValidationError:
             pass
-    bad = {detail.field: detail for detail in _errors(cleaned, type_, "")}
-    bad |= {detail.field: detail for detail in unclean}
-    raise RuleViolation(*bad.values())
+    found = islice(_errors(cleaned, type_, ""), MAX_ERRORS)
+    bad = {detail.field: detail for detail in (*found, *unclean)}
+    raise RuleViolation(*islice(bad.values(), MAX_ERRORS), valid=_valid(cleaned, type_))
 
 
 def _clean(value: object, path: str, unclean: list[FieldError]) -> object:
@@ -64,9 +74,10 @@ def _clean(value: object, path: str, unclean: list[FieldError]) -> object:
     if isinstance(value, str):
         trimmed = value.strip()
         if _CONTROL.search(trimmed):
-            unclean.append(
-                FieldError(field=path or BODY, message="Control characters are refused.")
-            )
+            if len(unclean) < MAX_ERRORS:
+                message = "Control characters are refused."
+                unclean.append(FieldError(field=path or BODY, message=message))
+            return _UNCLEAN
         return trimmed
     if isinstance(value, list):
         return [_clean(item, f"{path}[{i}]", unclean) for i, item in enumerate(value)]
@@ -76,6 +87,25 @@ def _clean(value: object, path: str, unclean: list[FieldError]) -> object:
             for key, item in value.items()
         }
     return value
+
+
+def _valid(value: object, type_: Any) -> object:
+    """Return what fits of a value that as a whole does not: see `RuleViolation.valid`."""
+    structs = [option for option in _meant(value, type_) if _is_struct(option)]
+    if not structs or not isinstance(value, dict):
+        return UNSET
+    hints = get_type_hints(structs[0], include_extras=True)
+    parts: dict[str, object] = {}
+    for field in msgspec.structs.fields(structs[0]):
+        if field.encode_name not in value:
+            parts[field.name] = UNSET if field.required else field.default
+            continue
+        part = value[field.encode_name]
+        try:
+            parts[field.name] = msgspec.convert(part, hints[field.name])
+        except msgspec.ValidationError:
+            parts[field.name] = _valid(part, hints[field.name])
+    return SimpleNamespace(**parts)
 
 
 def _errors(value: object, type_: Any, path: str) -> Iterator[FieldError]:
@@ -100,6 +130,8 @@ def _inner_errors(value: object, type_: Any, path: str) -> Iterator[FieldError]:
                 yield from _errors(key, key_type, _join(path, key))
                 yield from _errors(item, item_type, _join(path, key))
         elif isinstance(value, list) and get_origin(option) in (list, tuple):
+            if any(meta.max_length and len(value) > meta.max_length for meta in _metas(type_)):
+                continue  # too many: that is what is wrong, whatever they are
             for i, item in enumerate(value):
                 yield from _errors(item, get_args(option)[0], f"{path}[{i}]")
 

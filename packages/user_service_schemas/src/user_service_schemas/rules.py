@@ -10,7 +10,7 @@ import hashlib
 import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from datetime import UTC
+from datetime import UTC, datetime
 from functools import cache
 from importlib.resources import files
 
@@ -32,11 +32,16 @@ CHANNELS = ("email", "push")
 
 
 class RuleViolation(ValueError):
-    """A request that is well-formed breaks a rule; `details` names every bad field."""
+    """A request breaks a rule; `details` names every bad field.
 
-    def __init__(self, *details: FieldError) -> None:
+    `valid`, where the request does not even fit its type, has the fields that do as attributes, and
+    `UNSET` for the others: so that rules can be judged all the same, and told at once.
+    """
+
+    def __init__(self, *details: FieldError, valid: object = None) -> None:
         super().__init__("; ".join(f"{detail.field}: {detail.message}" for detail in details))
         self.details = details
+        self.valid = valid
 
 
 def canonical_email(email: str) -> str:
@@ -99,7 +104,7 @@ def merge_preferences(current: Choices, update: PreferencesUpdate) -> Choices:
         if (value := getattr(update, name)) is not UNSET
     }
     if update.muted_until is not UNSET:
-        said["muted_until"] = update.muted_until and update.muted_until.astimezone(UTC)
+        said["muted_until"] = update.muted_until and _utc(update.muted_until)
     if update.categories is not UNSET:
         said["categories"] = _merge_categories(current.categories, update)
     merged = msgspec.structs.replace(current, **said)
@@ -107,6 +112,14 @@ def merge_preferences(current: Choices, update: PreferencesUpdate) -> Choices:
     if violations:
         raise RuleViolation(*violations)
     return merged
+
+
+def _utc(instant: datetime) -> datetime:
+    """Return an instant as UTC. Drivers take the ends of the calendar for infinities."""
+    if not 1970 <= instant.year <= 9998:
+        message = "Expected a time between the years 1970 and 9998."
+        raise RuleViolation(FieldError(field="muted_until", message=message))
+    return instant.astimezone(UTC)
 
 
 def _merge_categories(

@@ -56,7 +56,7 @@ def describe(error: BaseException) -> dict[str, Any]:
         current = current.__cause__ or current.__context__
     return {
         "error": " < ".join(type(cause).__qualname__ for cause in causes),
-        "stack": _frames(error.__traceback__),
+        "frames": _frames(error.__traceback__),
     }
 
 

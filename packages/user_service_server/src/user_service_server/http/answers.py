@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import msgspec
 from litestar import Request, Response
 from litestar.datastructures import State
+from litestar.datastructures.headers import Accept
 from litestar.response.base import ASGIResponse
 from user_service_schemas import Envelope, Error, Problem
 
@@ -71,7 +72,7 @@ def documents_answer(
 
 def error_answer(error: ServiceError, *, request_id: str, accept: str = "") -> Response[bytes]:
     """Answer with an error, in the envelope or as RFC 9457 has it, as the caller accepts."""
-    if PROBLEM_JSON in accept:
+    if Accept(accept).best_match([JSON, PROBLEM_JSON], default=JSON) == PROBLEM_JSON:
         media_type = PROBLEM_JSON
         body = _encode(
             Problem(

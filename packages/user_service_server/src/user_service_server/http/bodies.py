@@ -12,6 +12,7 @@ from typing import Any
 from litestar.dto import AbstractDTO, DTOFieldDefinition
 from litestar.enums import RequestEncodingType
 from litestar.typing import FieldDefinition
+from msgspec import UNSET
 from user_service_schemas import MalformedJSON, RuleViolation, decode_request
 
 from ..errors import Invalid, MalformedBody, UnsupportedMediaType
@@ -56,4 +57,8 @@ class StrictBody(AbstractDTO[Any]):
         except MalformedJSON as error:
             raise MalformedBody from error
         except RuleViolation as violation:
-            raise Invalid(*violation.details) from violation
+            judge = self.asgi_connection.route_handler.opt["operation"].judge
+            judged = judge(violation.valid) if judge and violation.valid is not UNSET else ()
+            # A field that does not fit its type is said to be so, and no more.
+            details = {detail.field: detail for detail in (*judged, *violation.details)}
+            raise Invalid(*details.values()) from violation

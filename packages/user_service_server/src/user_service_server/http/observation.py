@@ -23,6 +23,9 @@ from .failures import meaning
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
+# A caller can make up others without end, and each would be a series of its own.
+_METHODS = frozenset(HttpMethod)
+
 _log = structlog.get_logger()
 
 
@@ -68,6 +71,8 @@ class Observation:
 
     def _note(self, scope: HTTPScope, method: str, status: int, seconds: float) -> None:
         route = str(scope.get("path_template", "unmatched"))
+        if method not in _METHODS:
+            method = "other"
         count = self._counted.get((method, route, status))
         if count is None:
             child = self._metrics.requests.labels(method, route, status)

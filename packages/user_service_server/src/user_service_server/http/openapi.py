@@ -117,7 +117,7 @@ def _parameters(path: str, op: Operation) -> Iterator[dict[str, Any]]:
 
 
 def _header(name: str, description: str, type_: str = "string") -> dict[str, Any]:
-    schema = {"type": type_}
+    schema = {"type": type_} | ({"minimum": 0} if type_ == "integer" else {})
     return {"name": name, "in": "header", "schema": schema, "description": description}
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from msgspec import Struct
-from user_service_schemas import ErrorCode
+from user_service_schemas import ErrorCode, FieldError
+
+Judge = Callable[[Any], Iterable[FieldError]]
 
 
 class Operation(Struct, frozen=True, kw_only=True):
@@ -18,6 +20,8 @@ class Operation(Struct, frozen=True, kw_only=True):
     answers: Mapping[int, Any]
     """The type of `data` of each success."""
     body: Any
+    judge: Judge | None
+    """Names what is wrong with a body's fields beyond their types, as far as they are valid."""
     errors: Sequence[ErrorCode]
     example: Any
     """A body that works in "Try it out"."""
@@ -28,6 +32,10 @@ class Operation(Struct, frozen=True, kw_only=True):
     page: bool
     """Takes `limit` and `cursor`."""
 
+    def __deepcopy__(self, _memo: object) -> Operation:
+        """Stay what it is: Litestar copies handlers, and `judge` may belong to a service."""
+        return self
+
 
 def operation(
     operation_id: str,
@@ -36,6 +44,7 @@ def operation(
     *errors: ErrorCode,
     description: str = "",
     body: Any = None,
+    judge: Judge | None = None,
     example: Any = None,
     reads_document: bool = False,
     writes_document: bool = False,
@@ -49,6 +58,7 @@ def operation(
         description=description,
         answers=by_status,
         body=body,
+        judge=judge,
         errors=errors,
         example=example,
         reads_document=reads_document,

@@ -14,7 +14,8 @@ from ..errors import DeviceNotFound, Invalid, InvalidCursor, ServiceError, UserN
 from ..storage.document import EntityTags
 from .answers import HTTPRequest
 
-_UUID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+UUID_PATTERN = "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+_UUID = re.compile(UUID_PATTERN)
 _VERSION = re.compile("[0-9]{1,18}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import langcodes
 import phonenumbers
@@ -28,6 +29,19 @@ def profile_values(
         except ValueError as error:
             errors.append(FieldError(field=field, message=str(error)))
     return values, errors
+
+
+def judge_profile(request: Any) -> list[FieldError]:
+    """Return what is wrong with the profile fields of a request that may be valid only in part."""
+    return profile_values(request)[1]
+
+
+def phone_key(phone: str) -> str:
+    """Return the form in which a telephone number is kept; raises `Invalid` if it cannot be."""
+    try:
+        return _phone(phone)
+    except ValueError as error:
+        raise Invalid(FieldError(field="phone", message=str(error))) from error
 
 
 def email_key(email: str) -> str:
@@ -73,10 +87,10 @@ def _phone(phone: str) -> str:
 
 
 def _locale(tag: str) -> str:
-    """Return a BCP 47 tag in its recommended case (RFC 5646, section 2.1.1)."""
+    """Return a valid BCP 47 tag as it was written: case means nothing (RFC 5646, section 2.1.1)."""
     if not langcodes.tag_is_valid(tag):
         raise ValueError("This is not a BCP 47 language tag.")
-    return str(langcodes.Language.get(tag, normalize=False).to_tag())
+    return tag
 
 
 _CHECKS: dict[str, Callable[[str], str]] = {"phone": _phone, "locale": _locale}

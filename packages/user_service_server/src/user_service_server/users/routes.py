@@ -21,8 +21,17 @@ from user_service_schemas import (
 from ..http.answers import HTTPRequest, answer, document_answer, documents_answer
 from ..http.bodies import MAX_BATCH_BODY
 from ..http.operations import operation
-from ..http.requests import Limit, decode_cursor, encode_cursor, if_match, min_version, user_id_of
+from ..http.requests import (
+    UUID_PATTERN,
+    Limit,
+    decode_cursor,
+    encode_cursor,
+    if_match,
+    min_version,
+    user_id_of,
+)
 from ..storage.documents import Documents
+from .profile import judge_profile
 from .service import Users
 
 _SAMPLE = {
@@ -31,7 +40,6 @@ _SAMPLE = {
     "password": "StrongPass123!",
     "preferences": {"email": True, "push": False},
 }
-_UUID = "[0-9a-f-]{36}"
 
 
 def users_router(users: Users, documents: Documents) -> Router:
@@ -46,6 +54,7 @@ def users_router(users: Users, documents: Documents) -> Router:
             ErrorCode.EMAIL_TAKEN,
             ErrorCode.EXTERNAL_ID_TAKEN,
             body=CreateUser,
+            judge=users.judge_registration,
             example=_SAMPLE,
             description="Preferences that are not named are: email and push on, no quiet hours.",
         ),
@@ -82,7 +91,7 @@ def users_router(users: Users, documents: Documents) -> Router:
         ),
     )
     async def list_users(limit: Limit = 50, cursor: FromQuery[str | None] = None) -> ASGIResponse:
-        position = decode_cursor("users", cursor, _UUID)
+        position = decode_cursor("users", cursor, UUID_PATTERN)
         found = await users.list_after(position, limit + 1)
         more = len(found) > limit
         page = Page[User](
@@ -133,6 +142,7 @@ def users_router(users: Users, documents: Documents) -> Router:
             ErrorCode.EMAIL_TAKEN,
             ErrorCode.EXTERNAL_ID_TAKEN,
             body=UserUpdate,
+            judge=judge_profile,
             example={"phone": "+48221234567"},
             writes_document=True,
             description="What is omitted keeps its value, null clears. PUT merges, too.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from msgspec import UNSET
 from user_service_schemas import (
@@ -26,7 +27,7 @@ from ..settings import Settings
 from ..storage.document import EntityTags, StoredDocument
 from ..storage.documents import Documents, Write
 from . import repository
-from .profile import email_key, profile_values
+from .profile import email_key, judge_profile, phone_key, profile_values
 
 
 class Users:
@@ -45,7 +46,11 @@ class Users:
             EmailTaken, ExternalIdTaken: another user has it.
             Overloaded: too many passwords wait to be hashed.
         """
-        values, choices = self._judge_registration(request)
+        errors = self.judge_registration(request)
+        if errors:
+            raise Invalid(*errors)
+        values, _ = profile_values(request)
+        choices = merge_preferences(Choices(), request.preferences)
         if request.password is not None:
             values["password_hash"] = await self._passwords.hash(request.password)
         user_id = str(uuid7())
@@ -59,25 +64,23 @@ class Users:
             write.changed(user_id, ChangeKind.USER_CREATED)
         return write.document(user_id)
 
-    def _judge_registration(self, request: CreateUser) -> tuple[dict[str, str | None], Choices]:
-        values, errors = profile_values(request)
-        choices = Choices()
-        try:
-            choices = merge_preferences(choices, request.preferences)
-        except RuleViolation as violation:
-            errors += [
-                FieldError(field=f"preferences.{detail.field}", message=detail.message)
-                for detail in violation.details
-            ]
-        if request.password is not None:
-            errors += judge_password(
-                request.password, field="password", email=request.email, name=request.name
-            )
-        elif self._password_required:
+    def judge_registration(self, request: Any) -> list[FieldError]:
+        """Return what is wrong with a registration that may be valid only in part."""
+        errors = judge_profile(request)
+        if request.preferences is not UNSET:
+            try:
+                merge_preferences(Choices(), request.preferences)
+            except RuleViolation as violation:
+                errors += [
+                    FieldError(field=f"preferences.{detail.field}", message=detail.message)
+                    for detail in violation.details
+                ]
+        if isinstance(request.password, str):
+            about = {name: str(getattr(request, name) or "") for name in ("email", "name")}
+            errors += judge_password(request.password, field="password", **about)
+        elif request.password is None and self._password_required:
             errors.append(FieldError(field="password", message="This field is required."))
-        if errors:
-            raise Invalid(*errors)
-        return values, choices
+        return errors
 
     async def get_many(self, ids: Sequence[str]) -> dict[str, StoredDocument]:
         """Return the documents of those of `ids` that exist."""
@@ -88,7 +91,7 @@ class Users:
         if request.email is not UNSET:
             by = repository.by_email(email_key(request.email))
         elif request.phone is not UNSET:
-            by = repository.by_phone(request.phone)
+            by = repository.by_phone(phone_key(request.phone))
         else:
             by = repository.by_external_id(str(request.external_id))
         return await self._documents.find(by, limit=1000)
