@@ -156,17 +156,21 @@ async def delete_device(connection: AsyncConnection, device_id: str) -> None:
     await connection.execute(delete(devices).where(devices.c.id == device_id))
 
 
-async def evict(connection: AsyncConnection, user_id: str, keep: str, max_active: int) -> None:
-    """Hold a locked user to `max_active` devices: least recently seen out first, `keep` never."""
+async def evict(connection: AsyncConnection, user_id: str, keep: str, max_active: int) -> bool:
+    """Hold a locked user to `max_active` devices: least recently seen out first, `keep` never.
+
+    Returns whether any had to go.
+    """
     surplus = (
         select(devices.c.id)
         .where(devices.c.user_id == user_id, devices.c.active, devices.c.id != keep)
         .order_by(devices.c.last_seen_at.desc(), devices.c.id.desc())
         .offset(max_active - 1)
     )
-    await connection.execute(
+    evicted = await connection.execute(
         update(devices).where(devices.c.id.in_(surplus)).values(**_activity(False, "evicted"))
     )
+    return evicted.rowcount > 0
 
 
 async def prune(connection: AsyncConnection, user_id: str, retention_days: int) -> None:

@@ -126,8 +126,10 @@ class Devices:
 
     async def _bound(self, write: Write, user_id: str, row: Row[Any]) -> None:
         """Hold the user to the caps after `row` was switched on or off, or added."""
-        if row.active:
-            await repository.evict(write.connection, user_id, row.id, self._max_active)
+        if row.active and await repository.evict(
+            write.connection, user_id, row.id, self._max_active
+        ):
+            write.changed(user_id, ChangeKind.DEVICE_UPDATED)
         await repository.prune(write.connection, user_id, self._retention_days)
 
 

@@ -108,8 +108,8 @@ class Write:
             await self._documents.cache.announce(fresh, self._token)
 
     def changed(self, user_id: str, kind: ChangeKind) -> None:
-        """Say that the user was changed: its version rises, and the change is logged."""
-        self._kinds[user_id] = kind
+        """Say that the user was changed: its version rises, and the first kind is logged."""
+        self._kinds.setdefault(user_id, kind)
 
     def document(self, user_id: str) -> User:
         """Return the document as it was committed."""

@@ -102,44 +102,4 @@ def _locale(tag: str) -> str:
     return "-".join(cased)
 
 
-_CHECKS.get(field)
-    if field == "email":
-        yield "email_key", _email(str(value))
-        yield field, str(value)
-    elif check and value is not None:
-        yield field, check(str(value))
-    else:
-        yield field, None if value is None else str(value)
-
-
-def _email(email: str) -> str:
-    """Check the syntax (RFC 5321, RFC 6531; no DNS) and return the key."""
-    try:
-        validate_email(email, check_deliverability=False)
-        return canonical_email(email)
-    except (EmailNotValidError, ValueError):
-        raise ValueError("This is not an email address.") from None
-
-
-def _phone(phone: str) -> str:
-    """Return the E.164 form of a possible number.
-
-    Possible, not assigned: numbering plans change faster than libraries are updated.
-    """
-    try:
-        number = phonenumbers.parse(phone, None)
-    except phonenumbers.NumberParseException:
-        number = None
-    if number is None or not phonenumbers.is_possible_number(number):
-        raise ValueError("This is not a possible telephone number.")
-    return phonenumbers.format_number(number, phonenumbers.PhoneNumberFormat.E164)
-
-
-def _locale(tag: str) -> str:
-    """Return a valid BCP 47 tag as it was written: case means nothing (RFC 5646, section 2.1.1)."""
-    if not langcodes.tag_is_valid(tag):
-        raise ValueError("This is not a BCP 47 language tag.")
-    return tag
-
-
 _CHECKS: dict[str, Callable[[str], str]] = {"phone": _phone, "locale": _locale}

@@ -56,7 +56,8 @@ class Users:
         user_id = str(uuid7())
         async with self._documents.write(user_id) as write:
             await write.lock_names(*_names(values))
-            if not await repository.insert_user(write.connection, user_id, values):
+            while not await repository.insert_user(write.connection, user_id, values):
+                # Whoever had it may have given it up in between: then it is free now.
                 await _refuse_taken(write, user_id, values)
             await preferences.insert_choices(
                 write.connection, user_id, choices, request.preferences.consent or None
