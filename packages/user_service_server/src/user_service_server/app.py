@@ -26,10 +26,11 @@ from .metrics import Metrics
 from .preferences.routes import preferences_router
 from .preferences.service import PreferenceCenter
 from .settings import Settings, SettingsError
-from .storage.cache import DocumentCache, RedisLink
+from .storage.cache import DocumentCache
 from .storage.database import Database
 from .storage.document import DocumentShape
 from .storage.documents import Documents
+from .storage.link import RedisLink
 from .storage.state import StateWatcher
 from .users.routes import users_router
 from .users.service import Users
@@ -55,15 +56,11 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
     release = version("user-service-server")
     metrics = Metrics()
     database = Database(settings)
-    state = StateWatcher(settings, database)
-    link = RedisLink(settings)
+    state = StateWatcher(settings, database, metrics)
+    link = RedisLink(settings, state.recognise)
     shape = DocumentShape(settings)
     cache = DocumentCache(
-        link,
-        document_format=shape.format,
-        ttl=settings.cache_ttl,
-        epoch=lambda: state.epoch,
-        metrics=metrics,
+        link, state, document_format=shape.format, ttl=settings.cache_ttl, metrics=metrics
     )
     documents = Documents(database, state, cache, shape)
     passwords = Passwords(settings)
@@ -90,7 +87,8 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
                 )
                 stack.callback(server.server_close)
                 stack.callback(server.shutdown)
-            await asyncio.gather(state.start(settings.startup_timeout), link.start(REDIS_PATIENCE))
+            await state.start(settings.startup_timeout)
+            await link.start(REDIS_PATIENCE)
             _log.warning("auth.off", note="every caller may do everything")
             yield
 

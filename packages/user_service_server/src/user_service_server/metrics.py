@@ -31,6 +31,25 @@ class Metrics:
             ["result"],
             registry=self.registry,
         )
+        self.cache_fills = Counter(
+            "user_service_cache_fills",
+            "Documents read from Postgres: stored, or refused since the lease was gone.",
+            ["result"],
+            registry=self.registry,
+        )
+        self.cache_publications = Counter(
+            "user_service_cache_publications",
+            "Documents written: stored, noted (other writers remain), cleared, lost (the marker was"
+            " gone), unreachable.",
+            ["result"],
+            registry=self.registry,
+        )
+        self.generation_raised = Counter(
+            "user_service_cache_generation_raised",
+            "How often this process left everything that was cached behind, and why.",
+            ["reason"],
+            registry=self.registry,
+        )
         self.redis_reachable = Gauge(
             "user_service_redis_reachable", "1 while Redis answers.", registry=self.registry
         )

@@ -70,6 +70,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     database_pool_size: Annotated[
         int, Meta(ge=1, le=1000, description="connections to PostgreSQL of this process")
     ] = 10
+    redis_cluster: Annotated[
+        bool, Meta(description="whether REDIS_URL names a server of a Redis Cluster")
+    ] = False
     cache_ttl: Annotated[
         int, Meta(ge=1, le=86400, description="seconds a cached document lives at most")
     ] = 300

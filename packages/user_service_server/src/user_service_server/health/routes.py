@@ -13,8 +13,8 @@ from ..errors import ServiceError
 from ..http.answers import answer
 from ..http.operations import operation
 from ..metrics import CONTENT_TYPE, Metrics
-from ..storage.cache import RedisLink
 from ..storage.database import Database
+from ..storage.link import RedisLink
 from ..storage.state import StateWatcher
 
 

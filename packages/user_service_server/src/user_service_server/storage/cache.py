@@ -12,34 +12,22 @@ the last writer publishes. Under a document's key lies one of
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 import secrets
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
-from functools import partial
-from typing import Any, Final, TypeVar, cast
-
-import structlog
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from typing import Any, Final
 
 from ..metrics import Metrics
-from ..settings import Settings
 from .document import StoredDocument
-
-T = TypeVar("T")
+from .link import RedisLink
+from .state import StateWatcher
 
 MARKER_TTL_MS = 10_000
 """How long a marker lives: longer than a transaction may (`database.TRANSACTION_TIMEOUT`)."""
 LEASE_TTL_MS = 3_000
-PROBE_INTERVAL = 0.1
-"""Seconds between two looks at a Redis that failed."""
 MGET_LIMIT = 500
-
-_log = structlog.get_logger()
 
 
 class Absence(Enum):
@@ -60,6 +48,7 @@ if redis.call('TYPE', KEYS[1]).ok ~= 'hash' then redis.call('DEL', KEYS[1]) end
 local now = redis.call('TIME')
 redis.call('HSET', KEYS[1], ARGV[1], now[1] * 1000 + math.floor(now[2] / 1000) + ARGV[2])
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
+return 'OK'
 """
 _FILL = """
 if redis.call('TYPE', KEYS[1]).ok ~= 'string' or redis.call('GET', KEYS[1]) ~= ARGV[1] then
@@ -98,95 +87,43 @@ return 'cleared'
 """
 
 
-class RedisLink:
-    """The connection to Redis: every call bounded in time, and none made while it is down.
+@dataclass
+class Announcement:
+    """What one write has said in the cache: its token, and under which keys.
 
-    After one failure the link is open; a probe in the background closes it again, so that no
-    request waits for a Redis that is known not to answer.
+    `generation` is the one it was made under. It is `complete` if all servers took it, and no
+    other generation began in between.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self._timeout = settings.redis_timeout_ms / 1000
-        self.client = Redis.from_url(
-            settings.redis_url,
-            socket_timeout=self._timeout,
-            socket_connect_timeout=self._timeout,
-            # One attempt: what fails is answered from Postgres, not waited for.
-            retry=Retry(NoBackoff(), 0),
-            max_connections=64,
-        )
-        self.reachable = True
-        self._probe: asyncio.Task[None] | None = None
-
-    async def call(self, command: Callable[[Redis], Awaitable[T]]) -> T | None:
-        """Run `command`; None when Redis cannot be reached or does not answer in time."""
-        if not self.reachable:
-            return None
-        try:
-            async with asyncio.timeout(self._timeout):
-                return await command(self.client)
-        except (RedisError, OSError, TimeoutError) as error:
-            self._failed(error)
-            return None
-
-    async def start(self, patience: float) -> None:
-        """Wait up to `patience` seconds for Redis, then go on without it."""
-        await self.ping()
-        if self._probe is not None:
-            _log.warning("redis.waiting", up_to_seconds=patience)
-            await asyncio.wait([self._probe], timeout=patience)
-        if not self.reachable:
-            _log.warning("redis.missing", note="serving from Postgres until it comes")
-
-    async def ping(self) -> bool:
-        """Whether Redis answers."""
-        return bool(await self.call(lambda redis: redis.ping()))
-
-    def _failed(self, error: Exception) -> None:
-        if self._probe is None:
-            self.reachable = False
-            _log.warning("redis.unreachable", error=type(error).__qualname__)
-            self._probe = asyncio.create_task(self._recover(), name="redis-probe")
-
-    async def _recover(self) -> None:
-        while True:
-            await asyncio.sleep(PROBE_INTERVAL)
-            with contextlib.suppress(RedisError, OSError, TimeoutError):
-                async with asyncio.timeout(self._timeout):
-                    await self.client.ping()
-                self.reachable = True
-                self._probe = None
-                _log.warning("redis.reachable")
-                return
-
-    async def close(self) -> None:
-        """Close the connections."""
-        if self._probe is not None:
-            self._probe.cancel()
-        await self.client.aclose()
+    generation: int
+    token: str = field(default_factory=lambda: secrets.token_hex(8))
+    keys: dict[str, str] = field(default_factory=dict)
+    complete: bool = True
 
 
 class DocumentCache:
-    """Documents in Redis under `user-service:{epoch}:{format}:{id}`."""
+    """Documents in Redis under `user-service:{epoch}:{generation}:{format}:{id}`."""
 
     def __init__(
         self,
         link: RedisLink,
+        state: StateWatcher,
         *,
         document_format: str,
         ttl: int,
-        epoch: Callable[[], str],
         metrics: Metrics,
     ) -> None:
+        self._link = link
+        self._state = state
+        self._format = document_format
+        self._ttl_ms = ttl * 1000
+        self._wanted: dict[str, list[asyncio.Future[StoredDocument | Absence]]] = {}
+        self._flushes: set[asyncio.Task[None]] = set()
         self._hits, self._misses, self._bypasses = (
             metrics.cache_reads.labels(result) for result in ("hit", "miss", "bypass")
         )
-        self._link = link
-        self._format = document_format
-        self._ttl_ms = ttl * 1000
-        self._epoch = epoch
-        self._wanted: dict[str, list[asyncio.Future[StoredDocument | Absence]]] = {}
-        self._flushes: set[asyncio.Task[None]] = set()
+        self._fills = metrics.cache_fills
+        self._publications = metrics.cache_publications
 
     def get(self, user_id: str) -> Awaitable[StoredDocument | Absence]:
         """Return the cached document, or why there is none.
@@ -213,8 +150,8 @@ class DocumentCache:
         keys = list(wanted)
         for start in range(0, len(keys), MGET_LIMIT):
             some = keys[start : start + MGET_LIMIT]
-            values = await self._link.call(partial(_mget, some))
-            for key, found in zip(some, _parse(values, len(some)), strict=True):
+            for key, value in zip(some, await self._link.strings(some), strict=True):
+                found = _parse(value)
                 self._count(found, len(wanted[key]))
                 for future in wanted[key]:
                     if not future.done():
@@ -231,91 +168,96 @@ class DocumentCache:
         return list(await asyncio.gather(*(self.get(user_id) for user_id in ids)))
 
     async def lease(self, ids: Iterable[str]) -> dict[str, str]:
-        """Ask to fill `ids`; returns the leases that were got, by id."""
+        """Ask to fill `ids`; returns the leases that were got, by id.
+
+        None are given for 10 s after the generation was raised: writes that are still under way
+        have announced themselves under the old one, or not at all.
+        """
+        if self._state.quiet:
+            return {}
         leases = {user_id: f"L{secrets.token_hex(8)}" for user_id in ids}
-        got = await self._pipelined(
-            lambda pipe: [
-                pipe.set(self._key(user_id), lease, nx=True, px=LEASE_TTL_MS)
+        replies = await self._link.run(
+            [
+                ("SET", self._key(user_id), lease, "NX", "PX", LEASE_TTL_MS)
                 for user_id, lease in leases.items()
             ]
         )
-        return {
-            user_id: lease
-            for (user_id, lease), placed in zip(leases.items(), got or (), strict=False)
-            if placed
-        }
+        placed = zip(leases.items(), replies, strict=True)
+        return {user_id: lease for (user_id, lease), reply in placed if _is_ok(reply)}
 
     async def fill(
         self, documents: Mapping[str, StoredDocument], leases: Mapping[str, str]
     ) -> None:
         """Store what was read, where the reader's lease is still there."""
-        await self._pipelined(
-            lambda pipe: [
-                pipe.eval(
-                    *(_FILL, 1, self._key(user_id)),
-                    *(leases[user_id], _encode(document), self._some_ttl()),
-                )
-                for user_id, document in documents.items()
+        replies = await self._link.run(
+            [
+                _eval(_FILL, self._key(i), leases[i], _encode(document), self._some_ttl())
+                for i, document in documents.items()
             ]
         )
+        for reply in replies:
+            self._fills.labels("stored" if reply == 1 else "refused").inc()
 
-    async def announce(self, ids: Iterable[str], token: str) -> None:
-        """Mark that a write under `token` is about to change `ids`."""
-        await self._pipelined(
-            lambda pipe: [
-                pipe.eval(_ANNOUNCE, 1, self._key(user_id), token, MARKER_TTL_MS) for user_id in ids
-            ]
+    def announcement(self) -> Announcement:
+        """Begin an announcement, which says nothing yet."""
+        return Announcement(self._state.generation)
+
+    async def announce(self, ids: Iterable[str], announcement: Announcement) -> None:
+        """Mark that a write is about to change `ids`."""
+        keys = {i: self._key(i) for i in ids if i not in announcement.keys}
+        announcement.keys |= keys
+        replies = await self._link.run(
+            [_eval(_ANNOUNCE, key, announcement.token, MARKER_TTL_MS) for key in keys.values()]
         )
+        taken = all(_is_ok(reply) for reply in replies)
+        same = announcement.generation == self._state.generation
+        announcement.complete = announcement.complete and taken and same
 
-    async def publish(self, documents: Mapping[str, StoredDocument | None], token: str) -> None:
-        """Take the announcement of `token` away, and store what it committed.
+    async def publish(
+        self, announcement: Announcement, documents: Mapping[str, StoredDocument | None]
+    ) -> bool:
+        """Take an announcement away, and store what its write committed.
 
-        None is a user that is gone, or a write that was rolled back: nothing is stored.
+        A document that is None or absent is a user that is gone, or a write that was rolled back:
+        nothing is stored. Returns whether all servers were told.
         """
-        await self._pipelined(
-            lambda pipe: [
-                pipe.eval(
-                    *(_PUBLISH, 1, self._key(user_id), token),
-                    *((document.version, _encode(document)) if document else ("", "")),
-                    self._some_ttl(),
-                )
-                for user_id, document in documents.items()
-            ]
-        )
-
-    async def _pipelined(self, fill: Callable[[Any], list[Any]]) -> list[Any] | None:
-        async def run(redis: Redis) -> list[Any]:
-            async with redis.pipeline(transaction=False) as pipe:
-                return await pipe.execute() if fill(pipe) else []
-
-        return await self._link.call(run)
+        commands = []
+        for user_id, key in announcement.keys.items():
+            document = documents.get(user_id)
+            said = (document.version, _encode(document)) if document else ("", "")
+            commands.append(_eval(_PUBLISH, key, announcement.token, *said, self._some_ttl()))
+        replies = await self._link.run(commands)
+        for reply in replies:
+            outcome = reply.decode() if isinstance(reply, bytes) else "unreachable"
+            self._publications.labels(outcome).inc()
+        return all(isinstance(reply, bytes) for reply in replies)
 
     def _key(self, user_id: str) -> str:
-        return f"user-service:{self._epoch()}:{self._format}:{user_id}"
+        state = self._state
+        return f"user-service:{state.epoch}:{state.generation}:{self._format}:{user_id}"
 
     def _some_ttl(self) -> int:
         """A time to live in ms, spread by a tenth so that what came together does not go so."""
         return int(self._ttl_ms * random.uniform(0.9, 1.0))  # noqa: S311 - no secret
 
 
-async def _mget(keys: Sequence[str], redis: Redis) -> list[bytes | None]:
-    return cast("list[bytes | None]", await redis.mget(keys))
+def _eval(script: str, key: str, *arguments: Any) -> tuple[Any, ...]:
+    # Not EVALSHA: a server that restarted knows no scripts, and hashing 1 KB costs it 2 µs.
+    return ("EVAL", script, 1, key, *arguments)
+
+
+def _is_ok(reply: object) -> bool:
+    return reply in (True, b"OK")
 
 
 def _encode(document: StoredDocument) -> bytes:
     return b"D%d\n%b" % (document.version, document.body)
 
 
-def _parse(values: list[bytes | None] | None, count: int) -> list[StoredDocument | Absence]:
-    if values is None:
-        return [BYPASS] * count
-    return [_parse_one(value) for value in values]
-
-
-def _parse_one(value: bytes | None) -> StoredDocument | Absence:
+def _parse(value: object) -> StoredDocument | Absence:
     if value is None:
         return MISS
-    if value[:1] != b"D":
+    if not isinstance(value, bytes) or value[:1] != b"D":
         return BYPASS
-    end = value.index(b"\n")
-    return StoredDocument(version=int(value[1:end]), body=value[end + 1 :])
+    version, _, body = value[1:].partition(b"\n")
+    return StoredDocument(version=int(version), body=body)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -25,11 +24,15 @@ from .tables import users
 UNKNOWN_FOR = 5.0
 """Seconds for which a process remembers that an id is nobody's."""
 MAX_UNKNOWN = 10_000
+CONCLUSION_TIMEOUT = 3.0
+"""Seconds from the look at the generation to the commit: with the 5 s for which a raise counts,
+less than nothing is filled after one (`state.QUIET`)."""
 
 # A new user has its version already, and a password's is no change of the document.
 _WITHOUT_STEP = frozenset({ChangeKind.USER_CREATED, ChangeKind.PASSWORD_UPDATED})
-# Versions and change log in one statement.
-_RAISE = text("""
+# In one statement: raise the versions, append the changes, and, where the cache could not be told
+# (or was told under a generation that is over), leave everything that is cached behind.
+_CONCLUDE = text("""
     WITH changed AS (
         SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:kinds AS text[]), CAST(:steps AS int[]))
             AS changed (id, kind, step)
@@ -40,9 +43,16 @@ _RAISE = text("""
         FROM changed
         WHERE users.id = changed.id
         RETURNING users.id, version, kind
+    ), logged AS (
+        INSERT INTO changes (user_id, version, kind, at)
+        SELECT id, version, kind, clock_timestamp() FROM raised
+    ), left_behind AS (
+        UPDATE service_state SET generation = generation + 1, raised_at = clock_timestamp()
+        WHERE (NOT CAST(:announced AS boolean) OR generation <> CAST(:generation AS bigint))
+            AND raised_at < clock_timestamp() - interval '5 s'
+        RETURNING generation
     )
-    INSERT INTO changes (user_id, version, kind, at)
-    SELECT id, version, kind, clock_timestamp() FROM raised
+    SELECT coalesce((SELECT generation FROM left_behind), (SELECT generation FROM service_state))
 """)
 _ADVISORY_LOCKS = text(
     "SELECT pg_advisory_xact_lock(key) FROM unnest(CAST(:keys AS bigint[])) AS key"
@@ -52,11 +62,11 @@ _ADVISORY_LOCKS = text(
 class Write:
     """One transaction that may change users; see `Documents.write`."""
 
-    def __init__(self, documents: Documents, connection: AsyncConnection, token: str) -> None:
+    def __init__(self, documents: Documents, connection: AsyncConnection) -> None:
         self.connection = connection
         self._documents = documents
-        self._token = token
-        self._announced: set[str] = set()
+        self._announcement = documents.cache.announcement()
+        self._generation = self._announcement.generation
         self._kinds: dict[str, ChangeKind] = {}
         self._committed: Mapping[str, Document] = {}
 
@@ -102,10 +112,7 @@ class Write:
 
     async def announce(self, *user_ids: str) -> None:
         """Say in the cache that these users are about to change."""
-        fresh = set(user_ids) - self._announced
-        if fresh:
-            self._announced |= fresh
-            await self._documents.cache.announce(fresh, self._token)
+        await self._documents.cache.announce(user_ids, self._announcement)
 
     def changed(self, user_id: str, kind: ChangeKind) -> None:
         """Say that the user was changed: its version rises, and the first kind is logged."""
@@ -120,40 +127,53 @@ class Write:
 
         One statement for both would return the new version with devices from before the lock.
         """
-        if self._kinds:
-            await self.connection.execute(
-                _RAISE,
-                {
-                    "ids": list(self._kinds),
-                    "kinds": [kind.value for kind in self._kinds.values()],
-                    "steps": [int(kind not in _WITHOUT_STEP) for kind in self._kinds.values()],
-                },
+        async with asyncio.timeout(CONCLUSION_TIMEOUT):
+            if self._kinds:
+                self._generation = await self._raise_versions()
+            self._committed = await self._documents.shape.read_by_id(
+                self.connection, list(self._announcement.keys)
             )
-        self._committed = await self._documents.shape.read_by_id(
-            self.connection, list(self._announced)
+
+    async def _raise_versions(self) -> int:
+        """Returns the generation that holds after this write."""
+        kinds = self._kinds.values()
+        generation = await self.connection.scalar(
+            _CONCLUDE,
+            {
+                "ids": list(self._kinds),
+                "kinds": [kind.value for kind in kinds],
+                "steps": [int(kind not in _WITHOUT_STEP) for kind in kinds],
+                "announced": self._announcement.complete,
+                "generation": self._announcement.generation,
+            },
         )
+        return int(generation)
 
     async def commit(self) -> None:
-        """Commit, then let the cache know. Not to be cancelled in between."""
+        """Commit, then let the cache know. Not to be cancelled in between.
+
+        After a commit whose outcome is unknown, the marker stays until it expires.
+        """
         try:
             with translated():
                 await self.connection.commit()
         finally:
             await self.connection.close()
-        # After a commit whose outcome is unknown, the marker stays until it expires.
-        documents = {
-            user_id: document.stored() if (document := self._committed.get(user_id)) else None
-            for user_id in self._announced
-        }
-        self._documents.forget_flights(self._announced)
-        await self._documents.cache.publish(documents, self._token)
+        documents = self._documents
+        documents.forget_flights(self._announcement.keys)
+        documents.state.adopt(self._generation, "unannounced_write")
+        told = await documents.cache.publish(
+            self._announcement, {i: read.stored() for i, read in self._committed.items()}
+        )
+        if not told and self._kinds and self._announcement.complete:
+            await documents.state.leave_behind(self._announcement.generation, "unpublished_write")
 
     async def abandon(self) -> None:
         """Roll back, and take the announcements away."""
         # A connection that cannot even be closed is gone, and its transaction with it.
         with contextlib.suppress(SQLAlchemyError, OSError):
             await self.connection.close()
-        await self._documents.cache.publish(dict.fromkeys(self._announced), self._token)
+        await self._documents.cache.publish(self._announcement, {})
 
 
 class Documents:
@@ -164,8 +184,8 @@ class Documents:
     ) -> None:
         self.cache = cache
         self.shape = shape
+        self.state = state
         self._database = database
-        self._state = state
         self._flights: dict[str, asyncio.Task[StoredDocument | None]] = {}
         self._unknown: dict[str, float] = {}
         self._endings: set[asyncio.Task[None]] = set()
@@ -173,11 +193,11 @@ class Documents:
     @property
     def epoch(self) -> str:
         """The epoch of the database."""
-        return self._state.epoch
+        return self.state.epoch
 
     def etag(self, version: int) -> str:
         """Return the entity tag of a version: `"<epoch>.<format>.<version>"`."""
-        return f'"{self._state.epoch}.{self.shape.format}.{version}"'
+        return f'"{self.state.epoch}.{self.shape.format}.{version}"'
 
     async def get(self, user_id: str, min_version: int = 0) -> StoredDocument:
         """Return a user's document, from the cache if it is there.
@@ -241,7 +261,7 @@ class Documents:
             DependencyUnavailable: Postgres cannot be reached.
         """
         connection = await self._database.connect()
-        write = Write(self, connection, secrets.token_hex(8))
+        write = Write(self, connection)
         try:
             async with asyncio.timeout(TRANSACTION_TIMEOUT):
                 await write.announce(*user_ids)
@@ -266,7 +286,7 @@ class Documents:
         task.add_done_callback(self._endings.discard)
         await asyncio.shield(task)
 
-    def forget_flights(self, ids: Sequence[str] | set[str]) -> None:
+    def forget_flights(self, ids: Iterable[str]) -> None:
         """Detach the reads under way, which may be older than what was just committed."""
         for user_id in ids:
             self._flights.pop(user_id, None)

@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
-from sqlalchemy import Text, column, select, table, text, update
+from sqlalchemy import Text, column, func, select, table, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..errors import DependencyUnavailable, Overloaded
+from ..metrics import Metrics
 from ..settings import Settings
 from .database import Database, create_engine, translated
 from .tables import REVISION, service_state
@@ -20,14 +21,33 @@ from .tables import REVISION, service_state
 POLL_INTERVAL = 0.5
 """Seconds between two looks at the row: how long a process may not know of a new epoch."""
 POLL_TIMEOUT = 1.0
+QUIET = 10.0
+"""Seconds after a raise of the generation in which nothing is filled: longer than a write that
+announced itself before may still take (`database.TRANSACTION_TIMEOUT`)."""
 
 _log = structlog.get_logger()
 
 _alembic_version = table("alembic_version", column("version_num", Text))
 _STATE = select(
-    select(service_state.c.epoch).scalar_subquery().label("epoch"),
+    service_state.c.epoch,
+    service_state.c.generation,
+    func.extract("epoch", func.clock_timestamp() - service_state.c.raised_at).label("raised_ago"),
     select(_alembic_version.c.version_num).scalar_subquery().label("revision"),
 )
+# A server of Redis that was never seen: what it holds may be of any time. The very first one holds
+# nothing of this epoch.
+_RECOGNISE = text("""
+    UPDATE service_state
+    SET generation = generation + CASE WHEN redis_servers = '{}' THEN 0 ELSE 1 END,
+        raised_at = CASE WHEN redis_servers = '{}' THEN raised_at ELSE clock_timestamp() END,
+        redis_servers = (array_prepend(CAST(:server AS text), redis_servers))[1:100]
+    WHERE NOT CAST(:server AS text) = ANY (redis_servers)
+    RETURNING generation
+""")
+_RAISE = text("""
+    UPDATE service_state SET generation = generation + 1, raised_at = clock_timestamp()
+    WHERE generation = :generation
+""")
 # Before the first migration there is nothing to read, and asking for it would be an error in the
 # log of Postgres twice a second.
 _HAS_STATE = text("SELECT to_regclass('service_state') IS NOT NULL")
@@ -69,10 +89,12 @@ async def renew_epoch(settings: Settings) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SharedState:
-    """What was read at the last look."""
+    """What was read at the last look, and the time until which nothing is cached."""
 
-    epoch: str
-    revision: str | None
+    epoch: str = ""
+    generation: int = 0
+    revision: str | None = None
+    quiet_until: float = 0.0
 
     @property
     def schema_is_known(self) -> bool:
@@ -83,22 +105,34 @@ class SharedState:
 class StateWatcher:
     """Looks at the shared row twice a second, and so also knows whether Postgres is there.
 
-    It has a connection of its own: a pool that is busy must not make Postgres look gone.
+    It has connections of its own: a pool that is busy must not make Postgres look gone.
     """
 
-    def __init__(self, settings: Settings, database: Database) -> None:
-        self._engine = create_engine(settings, pool_size=1).execution_options(
+    def __init__(self, settings: Settings, database: Database, metrics: Metrics) -> None:
+        self._engine = create_engine(settings, pool_size=2).execution_options(
             isolation_level="AUTOCOMMIT"
         )
         self._database = database
+        self._raised = metrics.generation_raised
         self._task: asyncio.Task[None] | None = None
-        self.current = SharedState(epoch="", revision=None)
+        self._looking: asyncio.Task[None] | None = None
+        self._current = SharedState()
         self.latency: float | None = None
 
     @property
     def epoch(self) -> str:
         """The epoch under which documents are cached and tagged."""
-        return self.current.epoch
+        return self._current.epoch
+
+    @property
+    def generation(self) -> int:
+        """The generation under which documents are cached."""
+        return self._current.generation
+
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing may be filled, since the generation was raised just now."""
+        return time.monotonic() < self._current.quiet_until
 
     async def start(self, patience: float) -> None:
         """Wait up to `patience` seconds for Postgres and its schema, then watch on.
@@ -110,7 +144,7 @@ class StateWatcher:
         told = ""
         while True:
             await self.look()
-            if self._database.reachable and self.current.schema_is_known:
+            if self._database.reachable and self._current.schema_is_known:
                 break
             missing = (
                 f"its schema {REVISION} (run: user-service migrate)"
@@ -127,11 +161,19 @@ class StateWatcher:
         self._task = asyncio.create_task(self._watch(), name="state-watcher")
 
     async def look(self) -> None:
-        """Read the row once; what cannot be read leaves the last state and says so."""
+        """Look at the row; looks at the same time are one, so that none brings an old state back.
+
+        A row that cannot be read leaves the last state, and says that Postgres is gone.
+        """
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._look())
+        await asyncio.shield(self._looking)
+
+    async def _look(self) -> None:
         began = time.perf_counter()
         try:
             async with asyncio.timeout(POLL_TIMEOUT):
-                self.current = await self._read()
+                await self._read()
             self.latency = time.perf_counter() - began
             reachable = True
         except (DependencyUnavailable, Overloaded, TimeoutError):
@@ -141,13 +183,59 @@ class StateWatcher:
             self._database.reachable = reachable
             _log.warning("postgres.reachable" if reachable else "postgres.unreachable")
 
-    async def _read(self) -> SharedState:
+    async def _read(self) -> None:
         with translated():
             async with self._engine.connect() as connection:
                 if not await connection.scalar(_HAS_STATE):
-                    return SharedState(epoch="", revision=None)
+                    self._current = SharedState()
+                    return
                 row = (await connection.execute(_STATE)).one()
-                return SharedState(epoch=row.epoch, revision=row.revision)
+        if row.epoch == self.epoch and row.generation < self.generation:
+            return  # read before a raise that this process has adopted meanwhile
+        self._current = SharedState(
+            epoch=row.epoch,
+            generation=row.generation,
+            revision=row.revision,
+            quiet_until=time.monotonic() + QUIET - float(row.raised_ago),
+        )
+
+    def adopt(self, generation: int, reason: str) -> None:
+        """Take over a generation that was read or raised in a transaction of this process."""
+        if generation <= self.generation:
+            return
+        self._raised.labels(reason).inc()
+        _log.warning("cache.generation", generation=generation, reason=reason)
+        self._current = replace(
+            self._current, generation=generation, quiet_until=time.monotonic() + QUIET
+        )
+
+    async def recognise(self, server: str) -> None:
+        """Make a server of Redis known; what one that is new to all may hold is left behind.
+
+        Raises:
+            OSError: Postgres cannot be reached, so nobody can tell.
+        """
+        try:
+            with translated():
+                async with self._engine.connect() as connection:
+                    raised = await connection.scalar(_RECOGNISE, {"server": server})
+        except (DependencyUnavailable, Overloaded) as error:
+            raise ConnectionError from error
+        if raised is None:
+            await self.look()
+        else:
+            self.adopt(raised, "redis_changed")
+
+    async def leave_behind(self, generation: int, reason: str) -> None:
+        """Raise the generation above `generation`, if nobody has: what is cached is not believed.
+
+        Raises:
+            DependencyUnavailable, Overloaded
+        """
+        with translated():
+            async with self._engine.connect() as connection:
+                await connection.execute(_RAISE, {"generation": generation})
+        self.adopt(generation + 1, reason)
 
     async def _watch(self) -> None:
         while True:

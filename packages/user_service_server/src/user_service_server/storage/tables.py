@@ -18,9 +18,9 @@ from sqlalchemy import (
     Text,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSONB, UUID
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, UUID
 
-REVISION = "0001"
+REVISION = "0002"
 """The migration that makes these tables. Revisions are numbers, so that they can be compared."""
 
 metadata = MetaData(
@@ -139,5 +139,10 @@ service_state = Table(
     metadata,
     Column("id", SmallInteger, primary_key=True, autoincrement=False),
     Column("epoch", Text, nullable=False),
+    # What is cached under an earlier generation is not believed; see `cache`.
+    Column("generation", BigInteger, nullable=False),
+    Column("raised_at", _instant(), nullable=False),
+    # Which servers of Redis were seen: a new one may hold what is long outdated.
+    Column("redis_servers", ARRAY(Text), nullable=False),
     CheckConstraint("id = 1", name="one_row"),
 )

@@ -1,0 +1,224 @@
+"""The connection to Redis: every call bounded in time, and none made to a server that is down.
+
+One Redis or Valkey, or a cluster of them: then one primary that is down is down for its slots only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Sequence
+from enum import Enum
+from functools import partial
+from typing import Any, Final
+
+import structlog
+from redis.asyncio import Redis, RedisCluster
+from redis.asyncio.connection import AbstractConnection
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from ..settings import Settings
+
+PROBE_INTERVAL = 0.1
+"""Seconds between two looks at a server that failed."""
+
+Command = tuple[Any, ...]
+"""A command that concerns one key, which is its second word, or of EVAL its fourth."""
+
+_log = structlog.get_logger()
+
+
+class Unreachable(Enum):
+    """The answer of a server that gives none."""
+
+    UNREACHABLE = "unreachable"
+
+
+UNREACHABLE: Final = Unreachable.UNREACHABLE
+_FAILURES = (RedisError, OSError, TimeoutError)
+_IDENTITY = re.compile(rb"^(run_id|master_replid):(\w+)", re.MULTILINE)
+
+
+class StrangeServer(RedisError):
+    """The server behind the address is not one that was seen before."""
+
+
+class _Server:
+    """One server, and whether it is asked. After a failure it is not, until a probe succeeds."""
+
+    def __init__(self, name: str, probe: Callable[[], Awaitable[object]]) -> None:
+        self.recovery: asyncio.Task[None] | None = None
+        self._name = name
+        self._probe = probe
+
+    @property
+    def reachable(self) -> bool:
+        return self.recovery is None
+
+    def failed(self, error: BaseException) -> None:
+        if self.recovery is None:
+            _log.warning("redis.unreachable", server=self._name, error=type(error).__qualname__)
+            self.recovery = asyncio.create_task(self._recover(), name="redis-recovery")
+
+    async def _recover(self) -> None:
+        while True:
+            with contextlib.suppress(*_FAILURES):
+                await self._probe()
+                break
+            await asyncio.sleep(PROBE_INTERVAL)
+        self.recovery = None
+        _log.warning("redis.reachable", server=self._name)
+
+
+class RedisLink:
+    """Runs commands on Redis; what cannot be had in time is answered with `UNREACHABLE`.
+
+    `recognise` is told of every server that was not seen before: a restart with old data, or a
+    failover that lost writes. Until it has returned, that server counts as unreachable.
+    """
+
+    def __init__(self, settings: Settings, recognise: Callable[[str], Awaitable[None]]) -> None:
+        self._timeout = settings.redis_timeout_ms / 1000
+        self._recognise = recognise
+        self._known: set[str] = set()
+        self._strangers: set[str] = set()
+        self._servers: dict[str, _Server] = {}
+        options: dict[str, Any] = {
+            "socket_timeout": self._timeout,
+            "socket_connect_timeout": self._timeout,
+            # One attempt: what fails is answered from Postgres, not waited for.
+            "retry": Retry(NoBackoff(), 0),
+            "max_connections": 64,
+            "protocol": 2,
+            "redis_connect_func": self._greet,
+        }
+        self._client: Redis | RedisCluster
+        if settings.redis_cluster:
+            # The slots of a dead primary are read from Postgres; the others go on.
+            self._client = RedisCluster.from_url(
+                settings.redis_url, require_full_coverage=False, **options
+            )
+        else:
+            self._client = Redis.from_url(settings.redis_url, **options)
+
+    @property
+    def reachable(self) -> bool:
+        """Whether all servers answer."""
+        return all(server.reachable for server in self._servers.values())
+
+    async def start(self, patience: float) -> None:
+        """Wait up to `patience` seconds for Redis, then go on without it."""
+        if await self.ping():
+            return
+        recoveries = [s.recovery for s in self._servers.values() if s.recovery is not None]
+        # The first look at any server finds a stranger, so only what lasts is worth a word.
+        _done, pending = await asyncio.wait(recoveries, timeout=patience)
+        if pending:
+            _log.warning("redis.missing", note="serving from Postgres until it comes")
+
+    async def ping(self) -> bool:
+        """Whether all servers answer."""
+        names = [_ONLY]
+        if isinstance(self._client, RedisCluster):
+            names = [str(node.name) for node in self._client.get_primaries()] or [_ONLY]
+        pings = [self._ask(name, partial(self._ping, name)) for name in names]
+        return UNREACHABLE not in await asyncio.gather(*pings)
+
+    async def strings(self, keys: Sequence[str]) -> list[Any]:
+        """Return the strings under `keys`; None, or an error, for what is none."""
+        if isinstance(self._client, RedisCluster):
+            return await self.run([("GET", key) for key in keys])
+        found = await self._ask(_ONLY, partial(self._client.mget, keys))
+        return [UNREACHABLE] * len(keys) if found is UNREACHABLE else list(found)
+
+    async def run(self, commands: Sequence[Command]) -> list[Any]:
+        """Run commands, one round trip a server; what a server refuses is answered by its error."""
+        by_server: dict[str, list[int]] = defaultdict(list)
+        for number, command in enumerate(commands):
+            by_server[self._server_of(command)].append(number)
+        replies: list[Any] = [UNREACHABLE] * len(commands)
+
+        async def run_some(name: str, numbers: list[int]) -> None:
+            some = [commands[number] for number in numbers]
+            answered = await self._ask(name, lambda: self._pipeline(some))
+            if answered is not UNREACHABLE:
+                for number, reply in zip(numbers, answered, strict=True):
+                    replies[number] = reply
+
+        await asyncio.gather(*(run_some(*item) for item in by_server.items()))
+        return replies
+
+    async def _pipeline(self, commands: Sequence[Command]) -> list[Any]:
+        async with self._client.pipeline(transaction=False) as pipe:
+            for command in commands:
+                pipe.execute_command(*command)
+            return list(await pipe.execute(raise_on_error=False))
+
+    async def _ask(self, name: str, call: Callable[[], Awaitable[Any]]) -> Any:
+        server = self._servers.get(name)
+        if server is None:
+            server = self._servers[name] = _Server(name, lambda: self._probe(name))
+        if not server.reachable:
+            return UNREACHABLE
+        try:
+            async with asyncio.timeout(self._timeout):
+                return await call()
+        except _FAILURES as error:
+            server.failed(error)
+            return UNREACHABLE
+
+    async def _probe(self, name: str) -> None:
+        """Ask a failed server again, after strangers were made known."""
+        for identity in tuple(self._strangers):
+            await self._recognise(identity)
+            self._known.add(identity)
+            self._strangers.discard(identity)
+        async with asyncio.timeout(self._timeout):
+            await self._ping(name)
+
+    async def _ping(self, name: str) -> object:
+        if isinstance(self._client, Redis):
+            return await self._client.ping()
+        await self._client.initialize()
+        node = self._client.get_node(node_name=name) if name != _ONLY else None
+        return await self._client.ping(target_nodes=node or RedisCluster.PRIMARIES)
+
+    def _server_of(self, command: Command) -> str:
+        if isinstance(self._client, Redis):
+            return _ONLY
+        key = command[3] if command[0] == "EVAL" else command[1]
+        with contextlib.suppress(RedisError):
+            if node := self._client.get_node_from_key(key):
+                return str(node.name)
+        return _ONLY
+
+    async def _greet(self, connection: AbstractConnection) -> None:
+        """Look who answers on a new connection.
+
+        `run_id` is new with every start of a server, `master_replid` with every promotion.
+
+        Raises:
+            StrangeServer: it was not made known yet.
+        """
+        await connection.on_connect()
+        await connection.send_command("INFO")
+        info = dict(_IDENTITY.findall(bytes(await connection.read_response())))
+        identity = f"{info.get(b'run_id')!r}{info.get(b'master_replid')!r}"
+        if identity not in self._known:
+            self._strangers.add(identity)
+            raise StrangeServer
+
+    async def close(self) -> None:
+        """Close the connections."""
+        for server in self._servers.values():
+            if server.recovery is not None:
+                server.recovery.cancel()
+        await self._client.aclose()
+
+
+_ONLY = "redis"
+"""The name of the one server, or of a cluster that was not reached yet."""
