@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 import httpx
@@ -22,10 +22,13 @@ from user_service_server.storage.cache import (
     LEASE_TTL_MS,
     MARKER_TTL_MS,
     MISS,
+    Announcement,
     DocumentCache,
-    RedisLink,
+    Outcome,
 )
 from user_service_server.storage.document import StoredDocument
+from user_service_server.storage.link import RedisLink
+from user_service_server.storage.state import StateWatcher
 
 from ..engines import settings_for
 from .test_users import assert_failed, changes_of, fetch, register
@@ -58,7 +61,7 @@ class Held:
 
     def pass_(self) -> None:
         """Called in the server's task: the first who comes waits, later ones do not."""
-        if not self.reached.is_set():
+        if not self.reached.is_set() and not _in_background():
             self.reached.set()
             await_only(self._go.wait())
 
@@ -66,9 +69,10 @@ class Held:
         self._go.set()
 
 
-def _is_of_users(statement: str) -> bool:
-    """The watcher looks at the shared state twice a second, whatever a test does."""
-    return "service_state" not in statement
+def _in_background() -> bool:
+    """The state is looked at and the change feed is read, whatever a test does."""
+    task = asyncio.current_task()
+    return task is not None and task.get_name() in {"state-look", "change-feed"}
 
 
 @contextmanager
@@ -86,7 +90,7 @@ def counted() -> Iterator[list[str]]:
     statements: list[str] = []
 
     def note(_c: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
-        if _is_of_users(statement):
+        if not _in_background():
             statements.append(statement)
 
     with _listening("before_cursor_execute", note):
@@ -614,15 +618,39 @@ async def test_a_move_publishes_both_documents(
     assert statements == []
 
 
+@dataclass
+class State:
+    """The shared state, as far as the cache looks at it."""
+
+    epoch: str
+    generation: int = 1
+    quiet: bool = False
+
+
 @pytest.fixture
 async def cache(settings: Settings) -> AsyncIterator[DocumentCache]:
     """The cache by itself, at keys of its own."""
-    link = RedisLink(settings)
-    epoch = uuid4().hex
-    yield DocumentCache(
-        link, document_format="format", ttl=300, epoch=lambda: epoch, metrics=Metrics()
-    )
+
+    async def recognise(_server: str) -> None:
+        """Whatever answers is the right one."""
+
+    link = RedisLink(settings, recognise)
+    await link.start(5)
+    state = cast("StateWatcher", State(uuid4().hex))
+    yield DocumentCache(link, state, document_format="format", ttl=300, metrics=Metrics())
     await link.close()
+
+
+async def announce(cache: DocumentCache, token: str) -> None:
+    announcement = Announcement(generation=1, token=token)
+    await cache.announce(["u"], announcement)
+    assert announcement.complete
+
+
+async def publish(cache: DocumentCache, document: StoredDocument | None, token: str) -> None:
+    announcement = Announcement(generation=1, token=token, keys={"u": cache._key("u")})
+    outcomes = {"u": Outcome(document.version, document)} if document else {}
+    assert await cache.publish(announcement, outcomes)
 
 
 def at(version: int) -> StoredDocument:
@@ -635,11 +663,11 @@ async def is_announced(cache: DocumentCache) -> bool:
 
 
 async def test_the_last_writer_publishes(cache: DocumentCache) -> None:
-    await cache.announce(["u"], "one")
-    await cache.announce(["u"], "other")
-    await cache.publish({"u": at(2)}, "one")
+    await announce(cache, "one")
+    await announce(cache, "other")
+    await publish(cache, at(2), "one")
     assert await is_announced(cache)
-    await cache.publish({"u": at(3)}, "other")
+    await publish(cache, at(3), "other")
     assert await cache.get("u") == at(3)
 
 
@@ -649,33 +677,62 @@ async def test_the_last_writer_publishes(cache: DocumentCache) -> None:
 async def test_a_last_writer_who_knows_of_a_higher_version_stores_nothing(
     cache: DocumentCache, last: StoredDocument | None
 ) -> None:
-    await cache.announce(["u"], "one")
-    await cache.announce(["u"], "other")
-    await cache.publish({"u": at(3)}, "one")
-    await cache.publish({"u": last}, "other")
+    await announce(cache, "one")
+    await announce(cache, "other")
+    await publish(cache, at(3), "one")
+    await publish(cache, last, "other")
     assert await cache.get("u") is MISS
 
 
 async def test_a_writer_who_rolls_back_leaves_the_publishing_to_the_other(
     cache: DocumentCache,
 ) -> None:
-    await cache.announce(["u"], "one")
-    await cache.announce(["u"], "other")
-    await cache.publish({"u": None}, "one")
+    await announce(cache, "one")
+    await announce(cache, "other")
+    await publish(cache, None, "one")
     assert await is_announced(cache)
-    await cache.publish({"u": at(2)}, "other")
+    await publish(cache, at(2), "other")
     assert await cache.get("u") == at(2)
+
+
+async def test_an_update_that_publishes_after_a_deletion_brings_nobody_back(
+    cache: DocumentCache,
+) -> None:
+    await announce(cache, "update")
+    await announce(cache, "deletion")
+    deletion = Announcement(generation=1, token="deletion", keys={"u": cache._key("u")})
+    await cache.publish(deletion, {"u": Outcome(3, None)})
+    await publish(cache, at(2), "update")
+    assert await cache.get("u") is MISS
+
+
+async def test_a_deletion_whose_announcement_was_evicted_leaves_no_document(
+    cache: DocumentCache,
+) -> None:
+    leases = await cache.lease(["u"])
+    await cache.fill({"u": at(2)}, leases)
+    deletion = Announcement(generation=1, token="deletion", keys={"u": cache._key("u")})
+    await cache.publish(deletion, {"u": Outcome(3, None)})
+    assert await cache.get("u") is MISS
+
+
+async def test_a_write_that_began_in_a_quiet_time_stores_nothing(cache: DocumentCache) -> None:
+    """In a quiet time others commit without an announcement, since nothing is cached."""
+    quiet = Announcement(generation=1, token="quiet", quiet=True)
+    await cache.announce(["u"], quiet)
+    await cache.publish(quiet, {"u": Outcome(2, at(2))})
+    assert await cache.get("u") is MISS
 
 
 async def test_an_announcement_takes_document_and_lease_away(cache: DocumentCache) -> None:
     leases = await cache.lease(["u"])
-    await cache.announce(["u"], "writer")
+    await announce(cache, "writer")
     await cache.fill({"u": at(1)}, leases)
     assert await is_announced(cache)
-    await cache.publish({"u": at(2)}, "writer")
-    await cache.announce(["u"], "next")
+    await publish(cache, at(2), "writer")
+    await announce(cache, "next")
     assert await is_announced(cache)
-    await cache.publish({"u": None}, "next")
+    await publish(cache, None, "next")
     assert await cache.get("u") is MISS
 
 
@@ -683,29 +740,29 @@ async def test_a_writer_whose_announcement_was_evicted_stores_nothing(
     cache: DocumentCache, stored: redis.asyncio.Redis
 ) -> None:
     async def evict() -> None:
-        (key,) = await stored.keys(f"*{cache._epoch()}*")
+        (key,) = await stored.keys(f"*{cache._state.epoch}*")
         await stored.delete(key)
 
-    await cache.announce(["u"], "writer")
+    await announce(cache, "writer")
     await evict()
-    await cache.publish({"u": at(2)}, "writer")
+    await publish(cache, at(2), "writer")
     assert await cache.get("u") is MISS
 
-    await cache.announce(["u"], "writer")
+    await announce(cache, "writer")
     await evict()
     leases = await cache.lease(["u"])
     await cache.fill({"u": at(2)}, leases)
-    await cache.publish({"u": at(3)}, "writer")
+    await publish(cache, at(3), "writer")
     assert await cache.get("u") is MISS, "an older document is removed"
 
     leases = await cache.lease(["u"])
-    await cache.publish({"u": at(3)}, "writer")
+    await publish(cache, at(3), "writer")
     await cache.fill({"u": at(2)}, leases)
     assert await cache.get("u") is MISS, "and so is the lease of who may have read it"
 
     leases = await cache.lease(["u"])
     await cache.fill({"u": at(4)}, leases)
-    await cache.publish({"u": at(3)}, "writer")
+    await publish(cache, at(3), "writer")
     assert await cache.get("u") == at(4), "a newer one stays"
 
 
@@ -714,7 +771,7 @@ async def test_a_lease_is_one_readers(cache: DocumentCache, stored: redis.asynci
     assert set(stalled) == {"u"}
     assert await cache.lease(["u"]) == {}
     assert await cache.get("u") is BYPASS
-    (key,) = await stored.keys(f"*{cache._epoch()}*")
+    (key,) = await stored.keys(f"*{cache._state.epoch}*")
     assert 0 < await stored.pttl(key) <= LEASE_TTL_MS
     await stored.delete(key)
     prompt = await cache.lease(["u"])
@@ -730,12 +787,12 @@ async def test_a_lease_is_one_readers(cache: DocumentCache, stored: redis.asynci
 async def test_the_announcement_of_a_crashed_writer_expires_for_the_others(
     cache: DocumentCache, stored: redis.asyncio.Redis
 ) -> None:
-    await cache.announce(["u"], "crashed")
-    (key,) = await stored.keys(f"*{cache._epoch()}*")
+    await announce(cache, "crashed")
+    (key,) = await stored.keys(f"*{cache._state.epoch}*")
     assert 0 < await stored.pttl(key) <= MARKER_TTL_MS
     await stored.hset(key, "crashed", "1")  # its time is over
-    await cache.announce(["u"], "writer")
-    await cache.publish({"u": at(2)}, "writer")
+    await announce(cache, "writer")
+    await publish(cache, at(2), "writer")
     assert await cache.get("u") == at(2)
 
 

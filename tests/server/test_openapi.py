@@ -219,6 +219,8 @@ def test_no_answer_is_outside_of_the_contract(
     for result in described.get_all_operations():
         assert isinstance(result, Ok)
         operation = result.ok()
+        if operation.path.endswith("/stream"):
+            continue  # does not end by itself: tests of its own
         takes_input = operation.body or operation.query or operation.path_parameters
         if mode is GenerationMode.POSITIVE or takes_input:
             with subtests.test(operation.label):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ._base import FrozenDict, Request, Response
-from .changes import ChangeKind
+from .changes import Change, ChangeKind, Changes, Heartbeat, Reset
 from .devices import Device, DeviceDetails, DeviceUpdate, RegisterDevice
 from .envelope import Envelope, Error, FieldError, Page, Problem
 from .errors import STATUS_OF, ErrorCode
@@ -62,7 +62,9 @@ __all__ = [
     "BatchOfUsers",
     "BatchUsers",
     "CategoryUpdate",
+    "Change",
     "ChangeKind",
+    "Changes",
     "Channels",
     "Choices",
     "Consent",
@@ -81,6 +83,7 @@ __all__ = [
     "FoundUsers",
     "FrozenDict",
     "Health",
+    "Heartbeat",
     "LookupUsers",
     "MalformedJSON",
     "Page",
@@ -96,6 +99,7 @@ __all__ = [
     "RegisterDevice",
     "ReportFeedback",
     "Request",
+    "Reset",
     "Response",
     "RuleViolation",
     "User",

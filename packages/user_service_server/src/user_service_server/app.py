@@ -12,6 +12,8 @@ import structlog
 from litestar import Litestar, Router
 from litestar.datastructures import State
 
+from .changes.feed import ChangeFeed
+from .changes.routes import changes_router
 from .credentials.passwords import Passwords
 from .credentials.routes import credentials_router
 from .credentials.service import Credentials
@@ -21,6 +23,7 @@ from .health.routes import health_router, metrics_router
 from .http.bodies import MAX_BODY, StrictBody
 from .http.docs import get_docs_file, get_openapi, show_docs
 from .http.failures import answer_failure
+from .http.idempotency import Idempotency
 from .http.observation import Observation
 from .metrics import Metrics
 from .preferences.routes import preferences_router
@@ -32,6 +35,7 @@ from .storage.document import DocumentShape
 from .storage.documents import Documents
 from .storage.link import RedisLink
 from .storage.state import StateWatcher
+from .upkeep import Upkeep
 from .users.routes import users_router
 from .users.service import Users
 
@@ -64,11 +68,16 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
     )
     documents = Documents(database, state, cache, shape)
     passwords = Passwords(settings)
+    idempotency = Idempotency(settings, database, metrics)
     users = Users(settings, documents, passwords)
     credentials = Credentials(database, documents, passwords)
     preferences = PreferenceCenter(database, documents)
     devices = Devices(settings, database, documents)
 
+    feed = ChangeFeed(settings, database, state, metrics)
+    upkeep = Upkeep({"changes": feed.prune, "recorded_answers": idempotency.prune})
+
+    metrics.stream_subscribers.set_function(lambda: feed.subscribers)
     metrics.redis_reachable.set_function(lambda: link.reachable)
     metrics.postgres_reachable.set_function(lambda: database.reachable)
     metrics.passwords_waiting.set_function(lambda: passwords.waiting)
@@ -81,6 +90,8 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
             stack.push_async_callback(database.close)
             stack.push_async_callback(state.close)
             stack.push_async_callback(documents.close)
+            stack.push_async_callback(feed.close)
+            stack.push_async_callback(upkeep.close)
             if settings.metrics_port is not None:
                 server, _thread = prometheus_client.start_http_server(
                     settings.metrics_port, settings.host, metrics.registry
@@ -89,16 +100,21 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
                 stack.callback(server.shutdown)
             await state.start(settings.startup_timeout)
             await link.start(REDIS_PATIENCE)
+            await feed.start()
+            upkeep.start()
+            ending = asyncio.create_task(_end_streams(feed, draining))
+            stack.callback(ending.cancel)
             _log.warning("auth.off", note="every caller may do everything")
             yield
 
     api = Router(
         "/api/v1",
         route_handlers=[
-            users_router(users, documents),
-            preferences_router(preferences, documents),
-            devices_router(devices, documents),
-            credentials_router(credentials),
+            users_router(users, documents, idempotency),
+            preferences_router(preferences, documents, idempotency),
+            devices_router(devices, documents, idempotency),
+            credentials_router(credentials, idempotency),
+            changes_router(feed, settings, draining, metrics),
         ],
     )
     health = health_router(release, database=database, state=state, link=link, draining=draining)
@@ -121,3 +137,9 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
     # Around the router, so that what no route was found for is observed, too.
     app.asgi_handler = Observation(app.asgi_handler, metrics)
     return app
+
+
+async def _end_streams(feed: ChangeFeed, draining: asyncio.Event) -> None:
+    # On the signal itself: an open stream would hold the shutdown up until it is cut off.
+    await draining.wait()
+    feed.end_streams()

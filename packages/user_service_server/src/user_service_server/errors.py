@@ -83,6 +83,19 @@ class VersionMismatch(ServiceError):
     message = "The user has another version than the one in If-Match."
 
 
+class IdempotencyInProgress(ServiceError):
+    code = ErrorCode.IDEMPOTENCY_IN_PROGRESS
+    message = "A request with this Idempotency-Key is being processed. Try again."
+
+    def __init__(self) -> None:
+        super().__init__(headers=[("Retry-After", "1")])
+
+
+class IdempotencyKeyReused(ServiceError):
+    code = ErrorCode.IDEMPOTENCY_KEY_REUSED
+    message = "This Idempotency-Key was used for another request."
+
+
 class DependencyUnavailable(ServiceError):
     code = ErrorCode.DEPENDENCY_UNAVAILABLE
     message = "The service cannot reach its database right now. Try again."

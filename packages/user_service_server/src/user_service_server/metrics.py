@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -11,6 +12,8 @@ class Metrics:
     """All metrics of one process, in a registry of their own."""
 
     def __init__(self) -> None:
+        # `…_created`: a series more for each, that nobody reads.
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "user_service_http_requests",
@@ -47,6 +50,45 @@ class Metrics:
         self.generation_raised = Counter(
             "user_service_cache_generation_raised",
             "How often this process left everything that was cached behind, and why.",
+            ["reason"],
+            registry=self.registry,
+        )
+        self.idempotent_replays = Counter(
+            "user_service_idempotent_replays",
+            "Writes that were answered with what was recorded.",
+            registry=self.registry,
+        )
+        self.feed_position = Gauge(
+            "user_service_feed_position",
+            "The last position of the change feed that this process has seen.",
+            registry=self.registry,
+        )
+        self.feed_lag = Gauge(
+            "user_service_feed_lag_seconds",
+            "How long the oldest change without a position has been waiting for one.",
+            registry=self.registry,
+        )
+        self.feed_through_lag = Gauge(
+            "user_service_feed_through_lag_seconds",
+            "How far the time up to which the feed is complete lies behind.",
+            registry=self.registry,
+        )
+        self.feed_numbered = Counter(
+            "user_service_feed_numbered",
+            "Changes that this process gave a position.",
+            registry=self.registry,
+        )
+        self.stream_subscribers = Gauge(
+            "user_service_stream_subscribers", "Open streams.", registry=self.registry
+        )
+        self.stream_events = Counter(
+            "user_service_stream_events",
+            "Events put on streams, times their subscribers.",
+            registry=self.registry,
+        )
+        self.streams_ended = Counter(
+            "user_service_streams_ended",
+            "Streams ended: by the client, age, shutdown, or since the reader was too slow.",
             ["reason"],
             registry=self.registry,
         )

@@ -45,6 +45,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         str,
         Meta(description="keys the digests of request bodies, cursors and links", extra=_SECRET),
     ] = ""
+    secret_key_previous: Annotated[
+        str, Meta(description="the SECRET_KEY before this one, for a day", extra=_SECRET)
+    ] = ""
     auth: Annotated[
         Literal["off", "required"], Meta(description="whether callers need a service key")
     ] = "required"
@@ -96,6 +99,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     shutdown_timeout: Annotated[
         float, Meta(ge=0, le=3600, description="seconds that running requests get to finish then")
     ] = 10.0
+    changes_retention_days: Annotated[
+        int, Meta(ge=1, le=3650, description="days for which the change feed can be replayed")
+    ] = 7
+    stream_max_life: Annotated[
+        float, Meta(ge=1, le=86400, description="seconds after which a stream is ended, about")
+    ] = 1800.0
     metrics_port: Annotated[
         Annotated[int, Meta(ge=1, le=65535)] | None,
         Meta(description="a port of its own for /metrics; empty: on PORT"),

@@ -8,12 +8,13 @@ from litestar.response.base import ASGIResponse
 from user_service_schemas import ErrorCode, PasswordUpdate
 
 from ..http.answers import HTTPRequest, answer
+from ..http.idempotency import Idempotency
 from ..http.operations import operation
 from ..http.requests import if_match, user_id_of
 from .service import Credentials
 
 
-def credentials_router(credentials: Credentials) -> Router:
+def credentials_router(credentials: Credentials, idempotency: Idempotency) -> Router:
     """Return the routes of credentials."""
 
     @put(
@@ -33,7 +34,11 @@ def credentials_router(credentials: Credentials) -> Router:
     async def set_password(
         request: HTTPRequest, user_id: FromPath[str], data: JSONBody[PasswordUpdate]
     ) -> ASGIResponse:
-        await credentials.set_password(user_id_of(user_id), data, if_match(request))
-        return answer(None, "Password set")
+        subject = user_id_of(user_id)
+        return await idempotency.run(
+            request,
+            lambda _: answer(None, "Password set"),
+            lambda recorder: credentials.set_password(subject, data, if_match(request), recorder),
+        )
 
     return Router("/", route_handlers=[set_password])

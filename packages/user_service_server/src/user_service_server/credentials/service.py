@@ -7,7 +7,7 @@ from user_service_schemas import ChangeKind, PasswordUpdate
 from ..errors import Invalid, InvalidCredentials, UserNotFound
 from ..storage.database import Database
 from ..storage.document import EntityTags
-from ..storage.documents import Documents
+from ..storage.documents import Documents, Recorder
 from . import repository
 from .passwords import Passwords, judge_password
 
@@ -21,7 +21,11 @@ class Credentials:
         self._passwords = passwords
 
     async def set_password(
-        self, user_id: str, request: PasswordUpdate, if_match: EntityTags | None
+        self,
+        user_id: str,
+        request: PasswordUpdate,
+        if_match: EntityTags | None,
+        recorder: Recorder,
     ) -> None:
         """Set a new password; where a current one is given, only if that is right.
 
@@ -44,9 +48,10 @@ class Credentials:
         ):
             raise InvalidCredentials
         password_hash = await self._passwords.hash(request.password)
-        async with self._documents.write(user_id) as write:
+        async with self._documents.write(user_id, recorder) as write:
             row = await write.lock_user(user_id, if_match)
             if proven and row.password_hash != seen.password_hash:
                 raise InvalidCredentials
             await repository.set_password_hash(write.connection, user_id, password_hash)
             write.changed(user_id, ChangeKind.PASSWORD_UPDATED)
+            await write.conclude(lambda: None)

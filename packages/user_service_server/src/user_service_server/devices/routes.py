@@ -8,15 +8,16 @@ from litestar.response.base import ASGIResponse
 from user_service_schemas import DeviceDetails, DeviceUpdate, ErrorCode, RegisterDevice
 
 from ..http.answers import HTTPRequest, answer
+from ..http.idempotency import Idempotency
 from ..http.operations import operation
 from ..http.requests import device_id_of, if_match, user_id_of
 from ..storage.documents import Documents
-from .service import Devices
+from .service import Devices, Registration
 
 _SAMPLE = {"token": "fcm_device_token_123", "platform": "android", "active": True}
 
 
-def devices_router(devices: Devices, documents: Documents) -> Router:
+def devices_router(devices: Devices, documents: Documents, idempotency: Idempotency) -> Router:
     """Return the routes of devices."""
 
     @get(
@@ -49,14 +50,20 @@ def devices_router(devices: Devices, documents: Documents) -> Router:
     async def register_device(
         request: HTTPRequest, user_id: FromPath[str], data: JSONBody[RegisterDevice]
     ) -> ASGIResponse:
-        device, version, is_new = await devices.register(
-            user_id_of(user_id), data, if_match(request)
-        )
-        return answer(
-            device,
-            "Device registered" if is_new else "Device updated",
-            status=201 if is_new else 200,
-            headers=[("ETag", documents.etag(version))],
+        def render(registration: Registration) -> ASGIResponse:
+            device, version, is_new = registration
+            return answer(
+                device,
+                "Device registered" if is_new else "Device updated",
+                status=201 if is_new else 200,
+                headers=[("ETag", documents.etag(version))],
+            )
+
+        subject = user_id_of(user_id)
+        return await idempotency.run(
+            request,
+            render,
+            lambda recorder: devices.register(subject, data, if_match(request), recorder),
         )
 
     @patch(
@@ -78,10 +85,16 @@ def devices_router(devices: Devices, documents: Documents) -> Router:
         device_id: FromPath[str],
         data: JSONBody[DeviceUpdate],
     ) -> ASGIResponse:
-        device, version = await devices.update(
-            user_id_of(user_id), device_id_of(device_id), data, if_match(request)
+        def render(result: tuple[DeviceDetails, int]) -> ASGIResponse:
+            device, version = result
+            return answer(device, "Device updated", headers=[("ETag", documents.etag(version))])
+
+        subject, device = user_id_of(user_id), device_id_of(device_id)
+        return await idempotency.run(
+            request,
+            render,
+            lambda recorder: devices.update(subject, device, data, if_match(request), recorder),
         )
-        return answer(device, "Device updated", headers=[("ETag", documents.etag(version))])
 
     @delete(
         "/{device_id:str}",
@@ -97,10 +110,15 @@ def devices_router(devices: Devices, documents: Documents) -> Router:
     async def delete_device(
         request: HTTPRequest, user_id: FromPath[str], device_id: FromPath[str]
     ) -> ASGIResponse:
-        version = await devices.remove(
-            user_id_of(user_id), device_id_of(device_id), if_match(request)
+        def render(version: int) -> ASGIResponse:
+            return answer(None, "Device deleted", headers=[("ETag", documents.etag(version))])
+
+        subject, device = user_id_of(user_id), device_id_of(device_id)
+        return await idempotency.run(
+            request,
+            render,
+            lambda recorder: devices.remove(subject, device, if_match(request), recorder),
         )
-        return answer(None, "Device deleted", headers=[("ETag", documents.etag(version))])
 
     return Router(
         "/users/{user_id:str}/devices",

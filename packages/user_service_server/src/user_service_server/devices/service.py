@@ -18,7 +18,7 @@ from ..errors import DeviceNotFound, UserNotFound
 from ..settings import Settings
 from ..storage.database import Database
 from ..storage.document import EntityTags
-from ..storage.documents import Documents, Write
+from ..storage.documents import UNRECORDED, Documents, Recorder, Write
 from . import repository
 
 
@@ -48,7 +48,11 @@ class Devices:
         return found
 
     async def register(
-        self, user_id: str, request: RegisterDevice, if_match: EntityTags | None
+        self,
+        user_id: str,
+        request: RegisterDevice,
+        if_match: EntityTags | None,
+        recorder: Recorder,
     ) -> Registration:
         """Register a token. Another user's moves here: the last login wins.
 
@@ -56,18 +60,20 @@ class Devices:
             UserNotFound, VersionMismatch
         """
         digest = token_digest(request.token)
-        if request.active and if_match is None:
+        if request.active and if_match is None and recorder is UNRECORDED:
             async with self._database.reading() as connection:
                 touched = await repository.touch(connection, user_id, digest, request)
             if touched:
                 return Registration(*touched, is_new=False)
-        async with self._documents.write(user_id) as write:
+        async with self._documents.write(user_id, recorder) as write:
             await write.lock_names(digest)
             owner = await repository.read_owner(write.connection, digest)
             rows = await write.lock_users(*{user_id, owner or user_id})
             write.expect(rows, user_id, if_match)
             device, is_new = await self._take(write, user_id, digest, request)
-        return Registration(device, write.document(user_id).version, is_new)
+            return await write.conclude(
+                lambda: Registration(device, write.document.version, is_new)
+            )
 
     async def _take(
         self, write: Write, user_id: str, digest: bytes, request: RegisterDevice
@@ -96,14 +102,19 @@ class Devices:
         return repository.details(row), is_new
 
     async def update(
-        self, user_id: str, device_id: str, request: DeviceUpdate, if_match: EntityTags | None
+        self,
+        user_id: str,
+        device_id: str,
+        request: DeviceUpdate,
+        if_match: EntityTags | None,
+        recorder: Recorder,
     ) -> tuple[DeviceDetails, int]:
         """Switch a device on or off; returns it and the user's version.
 
         Raises:
             UserNotFound, DeviceNotFound, VersionMismatch
         """
-        async with self._documents.write(user_id) as write:
+        async with self._documents.write(user_id, recorder) as write:
             await write.lock_user(user_id, if_match)
             row = await repository.read_device(write.connection, user_id, device_id)
             if row is None:
@@ -112,17 +123,20 @@ class Devices:
                 row = await repository.set_active(write.connection, device_id, request.active)
                 await self._bound(write, user_id, row)
                 write.changed(user_id, ChangeKind.DEVICE_UPDATED)
-        return repository.details(row), write.document(user_id).version
+            device = repository.details(row)
+            return await write.conclude(lambda: (device, write.document.version))
 
-    async def remove(self, user_id: str, device_id: str, if_match: EntityTags | None) -> int:
+    async def remove(
+        self, user_id: str, device_id: str, if_match: EntityTags | None, recorder: Recorder
+    ) -> int:
         """Delete a device; returns the user's version. Raises as `update` does."""
-        async with self._documents.write(user_id) as write:
+        async with self._documents.write(user_id, recorder) as write:
             await write.lock_user(user_id, if_match)
             if await repository.read_device(write.connection, user_id, device_id) is None:
                 raise DeviceNotFound
             await repository.delete_device(write.connection, device_id)
             write.changed(user_id, ChangeKind.DEVICE_REMOVED)
-        return write.document(user_id).version
+            return await write.conclude(lambda: write.document.version)
 
     async def _bound(self, write: Write, user_id: str, row: Row[Any]) -> None:
         """Hold the user to the caps after `row` was switched on or off, or added."""

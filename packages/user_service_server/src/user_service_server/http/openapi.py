@@ -107,6 +107,8 @@ def _parameters(path: str, op: Operation) -> Iterator[dict[str, Any]]:
             "schema": {"type": "string"},
             "description": "`next_cursor` of the page before.",
         }
+    for name, meaning in op.query.items():
+        yield {"name": name, "in": "query", "schema": {"type": "string"}, "description": meaning}
     if op.reads_document:
         yield _header("If-None-Match", "An ETag; 304 if the document still has it.")
         yield _header(
@@ -114,6 +116,8 @@ def _parameters(path: str, op: Operation) -> Iterator[dict[str, Any]]:
         )
     if op.writes_document:
         yield _header("If-Match", "An ETag; 412 if the user has another version.")
+    if op.is_write:
+        yield _header("Idempotency-Key", "A repeat with the same key within 24 h changes nothing.")
 
 
 def _header(name: str, description: str, type_: str = "string") -> dict[str, Any]:
@@ -127,7 +131,13 @@ def _responses(op: Operation, schema_of: Mapping[str, Any]) -> Iterator[tuple[st
         data = schema_of[repr(type_)]
         response: dict[str, Any] = {
             "description": op.summary,
-            "content": {JSON: {"schema": _envelope(True, data, {"type": "null"})}},
+            "content": {
+                op.media_type: {
+                    "schema": _envelope(True, data, {"type": "null"})
+                    if op.media_type == JSON
+                    else {"type": "string"}
+                }
+            },
         }
         if tagged:
             response["headers"] = {"ETag": {"schema": {"type": "string"}}}
@@ -143,6 +153,12 @@ def _responses(op: Operation, schema_of: Mapping[str, Any]) -> Iterator[tuple[st
         codes.append(ErrorCode.VALIDATION_FAILED)
     if op.writes_document:
         codes.append(ErrorCode.VERSION_MISMATCH)
+    if op.is_write:
+        codes += [
+            ErrorCode.IDEMPOTENCY_IN_PROGRESS,
+            ErrorCode.IDEMPOTENCY_KEY_REUSED,
+            ErrorCode.VALIDATION_FAILED,
+        ]
     by_status: dict[int, list[ErrorCode]] = defaultdict(list)
     for code in dict.fromkeys(codes):
         by_status[STATUS_OF[code]].append(code)

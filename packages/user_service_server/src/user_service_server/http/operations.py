@@ -8,6 +8,8 @@ from typing import Any
 from msgspec import Struct
 from user_service_schemas import ErrorCode, FieldError
 
+from .answers import JSON
+
 Judge = Callable[[Any], Iterable[FieldError]]
 
 
@@ -29,8 +31,14 @@ class Operation(Struct, frozen=True, kw_only=True):
     """Takes `If-None-Match` and `X-Min-Version`, gives `ETag`."""
     writes_document: bool
     """Takes `If-Match`, gives `ETag`."""
+    is_write: bool
+    """Takes `Idempotency-Key`."""
     page: bool
     """Takes `limit` and `cursor`."""
+    query: Mapping[str, str]
+    """Other query parameters, with what they mean."""
+    media_type: str
+    """Of a success: JSON is in the envelope, anything else is not."""
 
     def __deepcopy__(self, _memo: object) -> Operation:
         """Stay what it is: Litestar copies handlers, and `judge` may belong to a service."""
@@ -48,7 +56,10 @@ def operation(
     example: Any = None,
     reads_document: bool = False,
     writes_document: bool = False,
+    is_write: bool = False,
     page: bool = False,
+    query: Mapping[str, str] | None = None,
+    media_type: str = JSON,
 ) -> dict[str, Any]:
     """Return the keyword arguments of a route's decorator."""
     by_status = answers if isinstance(answers, Mapping) else {200: answers}
@@ -63,7 +74,10 @@ def operation(
         example=example,
         reads_document=reads_document,
         writes_document=writes_document,
+        is_write=is_write or writes_document,
         page=page,
+        query=query or {},
+        media_type=media_type,
     )
     return {
         "operation_id": operation_id,

@@ -21,6 +21,8 @@ _VERSION = re.compile("[0-9]{1,18}")
 
 Limit: TypeAlias = Annotated[int, QueryParameter(ge=1, le=200)]
 """How many items a page has."""
+PageLimit: TypeAlias = Annotated[int, QueryParameter(ge=1, le=1000)]
+"""How many items a page of small items has."""
 
 
 def user_id_of(text: str) -> str:

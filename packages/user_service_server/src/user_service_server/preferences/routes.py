@@ -14,6 +14,7 @@ from user_service_schemas import (
 )
 
 from ..http.answers import PRIVATE, HTTPRequest, answer, is_held, not_modified
+from ..http.idempotency import Idempotency
 from ..http.operations import operation
 from ..http.requests import Limit, decode_cursor, encode_cursor, if_match, min_version, user_id_of
 from ..storage.documents import Documents
@@ -27,7 +28,9 @@ _SAMPLE = {
 }
 
 
-def preferences_router(preferences: PreferenceCenter, documents: Documents) -> Router:
+def preferences_router(
+    preferences: PreferenceCenter, documents: Documents, idempotency: Idempotency
+) -> Router:
     """Return the routes of preferences."""
 
     @get(
@@ -67,8 +70,18 @@ def preferences_router(preferences: PreferenceCenter, documents: Documents) -> R
     async def update_preferences(
         request: HTTPRequest, user_id: FromPath[str], data: JSONBody[PreferencesUpdate]
     ) -> ASGIResponse:
-        updated, version = await preferences.update(user_id_of(user_id), data, if_match(request))
-        return answer(updated, "Preferences updated", headers=[("ETag", documents.etag(version))])
+        def render(result: tuple[Preferences, int]) -> ASGIResponse:
+            updated, version = result
+            return answer(
+                updated, "Preferences updated", headers=[("ETag", documents.etag(version))]
+            )
+
+        subject = user_id_of(user_id)
+        return await idempotency.run(
+            request,
+            render,
+            lambda recorder: preferences.update(subject, data, if_match(request), recorder),
+        )
 
     @get(
         "/history",

@@ -14,7 +14,7 @@ from user_service_schemas import (
 from ..errors import UserNotFound
 from ..storage.database import Database
 from ..storage.document import EntityTags
-from ..storage.documents import Documents
+from ..storage.documents import Documents, Recorder
 from . import repository
 
 
@@ -26,7 +26,11 @@ class PreferenceCenter:
         self._documents = documents
 
     async def update(
-        self, user_id: str, request: PreferencesUpdate, if_match: EntityTags | None
+        self,
+        user_id: str,
+        request: PreferencesUpdate,
+        if_match: EntityTags | None,
+        recorder: Recorder,
     ) -> tuple[Preferences, int]:
         """Merge a change into a user's preferences; returns them and the user's version.
 
@@ -38,7 +42,7 @@ class PreferenceCenter:
             UserNotFound, VersionMismatch
         """
         consent = request.consent or None
-        async with self._documents.write(user_id) as write:
+        async with self._documents.write(user_id, recorder) as write:
             row = await write.lock_user(user_id, if_match)
             before = await repository.read_choices(write.connection, user_id)
             after = merge_preferences(before, request)
@@ -51,8 +55,9 @@ class PreferenceCenter:
                 await repository.append_history(
                     write.connection, user_id, version, changes, consent
                 )
-        user = write.document(user_id)
-        return user.preferences, user.version
+            return await write.conclude(
+                lambda: (write.document.preferences, write.document.version)
+            )
 
     async def history(
         self, user_id: str, before: int | None, limit: int

@@ -17,7 +17,7 @@ import secrets
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from ..metrics import Metrics
 from .document import StoredDocument
@@ -57,7 +57,8 @@ end
 redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
 return 1
 """
-# ARGV: token, version ('' where nothing was committed or the user is gone), document, ttl (ms).
+# ARGV: token, version ('' where nothing was committed), document ('' where the user is gone, or
+# nothing may be stored), ttl (ms).
 _PUBLISH = """
 local kind = redis.call('TYPE', KEYS[1]).ok
 local version = tonumber(ARGV[2])
@@ -79,7 +80,7 @@ for i = 1, #fields, 2 do
   if fields[i] ~= 'top' and tonumber(fields[i + 1]) > ms then return 'noted' end
 end
 redis.call('DEL', KEYS[1])
-if version and version >= top then
+if version and version >= top and ARGV[3] ~= '' then
   redis.call('SET', KEYS[1], ARGV[3], 'PX', ARGV[4])
   return 'stored'
 end
@@ -92,13 +93,22 @@ class Announcement:
     """What one write has said in the cache: its token, and under which keys.
 
     `generation` is the one it was made under. It is `complete` if all servers took it, and no
-    other generation began in between.
+    other generation began in between. One that began in a `quiet` time stores nothing afterwards:
+    in that time others may commit without an announcement, since nothing is cached.
     """
 
     generation: int
+    quiet: bool = False
     token: str = field(default_factory=lambda: secrets.token_hex(8))
     keys: dict[str, str] = field(default_factory=dict)
     complete: bool = True
+
+
+class Outcome(NamedTuple):
+    """What a write committed of a user: the version, and the document if the user still exists."""
+
+    version: int
+    document: StoredDocument | None
 
 
 class DocumentCache:
@@ -152,16 +162,11 @@ class DocumentCache:
             some = keys[start : start + MGET_LIMIT]
             for key, value in zip(some, await self._link.strings(some), strict=True):
                 found = _parse(value)
-                self._count(found, len(wanted[key]))
+                if isinstance(found, StoredDocument):
+                    self._hits.inc(len(wanted[key]))
                 for future in wanted[key]:
                     if not future.done():
                         future.set_result(found)
-
-    def _count(self, found: StoredDocument | Absence, times: int) -> None:
-        if isinstance(found, StoredDocument):
-            self._hits.inc(times)
-        else:
-            (self._misses if found is MISS else self._bypasses).inc(times)
 
     async def get_many(self, ids: Sequence[str]) -> list[StoredDocument | Absence]:
         """Return what is cached of `ids`, in their order."""
@@ -173,17 +178,21 @@ class DocumentCache:
         None are given for 10 s after the generation was raised: writes that are still under way
         have announced themselves under the old one, or not at all.
         """
-        if self._state.quiet:
-            return {}
         leases = {user_id: f"L{secrets.token_hex(8)}" for user_id in ids}
+        if self._state.quiet:
+            self._bypasses.inc(len(leases))
+            return {}
         replies = await self._link.run(
             [
                 ("SET", self._key(user_id), lease, "NX", "PX", LEASE_TTL_MS)
                 for user_id, lease in leases.items()
             ]
         )
-        placed = zip(leases.items(), replies, strict=True)
-        return {user_id: lease for (user_id, lease), reply in placed if _is_ok(reply)}
+        answered = zip(leases.items(), replies, strict=True)
+        placed = {user_id: lease for (user_id, lease), reply in answered if _is_ok(reply)}
+        self._misses.inc(len(placed))
+        self._bypasses.inc(len(leases) - len(placed))
+        return placed
 
     async def fill(
         self, documents: Mapping[str, StoredDocument], leases: Mapping[str, str]
@@ -200,7 +209,7 @@ class DocumentCache:
 
     def announcement(self) -> Announcement:
         """Begin an announcement, which says nothing yet."""
-        return Announcement(self._state.generation)
+        return Announcement(self._state.generation, quiet=self._state.quiet)
 
     async def announce(self, ids: Iterable[str], announcement: Announcement) -> None:
         """Mark that a write is about to change `ids`."""
@@ -213,23 +222,25 @@ class DocumentCache:
         same = announcement.generation == self._state.generation
         announcement.complete = announcement.complete and taken and same
 
-    async def publish(
-        self, announcement: Announcement, documents: Mapping[str, StoredDocument | None]
-    ) -> bool:
+    async def publish(self, announcement: Announcement, outcomes: Mapping[str, Outcome]) -> bool:
         """Take an announcement away, and store what its write committed.
 
-        A document that is None or absent is a user that is gone, or a write that was rolled back:
-        nothing is stored. Returns whether all servers were told.
+        A user without an outcome is one of a write that was rolled back. Returns whether all
+        servers were told.
         """
         commands = []
         for user_id, key in announcement.keys.items():
-            document = documents.get(user_id)
-            said = (document.version, _encode(document)) if document else ("", "")
-            commands.append(_eval(_PUBLISH, key, announcement.token, *said, self._some_ttl()))
+            outcome = outcomes.get(user_id)
+            version = outcome.version if outcome else ""
+            document = outcome.document if outcome and not announcement.quiet else None
+            body = _encode(document) if document else ""
+            commands.append(
+                _eval(_PUBLISH, key, announcement.token, version, body, self._some_ttl())
+            )
         replies = await self._link.run(commands)
         for reply in replies:
-            outcome = reply.decode() if isinstance(reply, bytes) else "unreachable"
-            self._publications.labels(outcome).inc()
+            said = reply.decode() if isinstance(reply, bytes) else "unreachable"
+            self._publications.labels(said).inc()
         return all(isinstance(reply, bytes) for reply in replies)
 
     def _key(self, user_id: str) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Final, Protocol, TypeVar
 
 from sqlalchemy import ColumnElement, Row, select, text
 from sqlalchemy.exc import SQLAlchemyError
@@ -15,11 +15,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from user_service_schemas import ChangeKind, User
 
 from ..errors import Overloaded, UserNotFound, VersionMismatch
-from .cache import MISS, DocumentCache
+from .cache import MISS, DocumentCache, Outcome
 from .database import TRANSACTION_TIMEOUT, Database, translated
 from .document import Document, DocumentShape, EntityTags, StoredDocument, decode_user
 from .state import StateWatcher
 from .tables import users
+
+T = TypeVar("T")
 
 UNKNOWN_FOR = 5.0
 """Seconds for which a process remembers that an id is nobody's."""
@@ -53,21 +55,52 @@ _CONCLUDE = text("""
         RETURNING generation
     )
     SELECT coalesce((SELECT generation FROM left_behind), (SELECT generation FROM service_state))
+            AS generation,
+        (SELECT json_object_agg(id, version) FROM raised) AS versions
 """)
 _ADVISORY_LOCKS = text(
     "SELECT pg_advisory_xact_lock(key) FROM unnest(CAST(:keys AS bigint[])) AS key"
 )
 
 
+class Recorder(Protocol):
+    """Keeps the result of a write with the write itself, so that a repeat finds it."""
+
+    async def open(self, connection: AsyncConnection) -> None:
+        """Begin, first of all in the transaction; raises if this is a repeat."""
+
+    async def record(self, connection: AsyncConnection, user_id: str, result: Any) -> None:
+        """Keep the result, last of all before the commit."""
+
+
+class Unrecorded:
+    """The recorder of a write that will not be repeated."""
+
+    async def open(self, connection: AsyncConnection) -> None:
+        """Begin nothing."""
+
+    async def record(self, connection: AsyncConnection, user_id: str, result: Any) -> None:
+        """Keep nothing."""
+
+
+UNRECORDED: Final = Unrecorded()
+
+
 class Write:
     """One transaction that may change users; see `Documents.write`."""
 
-    def __init__(self, documents: Documents, connection: AsyncConnection) -> None:
+    def __init__(
+        self, documents: Documents, connection: AsyncConnection, user_id: str, recorder: Recorder
+    ) -> None:
         self.connection = connection
+        self._user_id = user_id
+        self._recorder = recorder
+        self._concluded = False
         self._documents = documents
         self._announcement = documents.cache.announcement()
         self._generation = self._announcement.generation
         self._kinds: dict[str, ChangeKind] = {}
+        self._versions: Mapping[str, int] = {}
         self._committed: Mapping[str, Document] = {}
 
     async def lock_names(self, *names: bytes) -> None:
@@ -118,26 +151,31 @@ class Write:
         """Say that the user was changed: its version rises, and the first kind is logged."""
         self._kinds.setdefault(user_id, kind)
 
-    def document(self, user_id: str) -> User:
-        """Return the document as it was committed."""
-        return self._committed[user_id].user
+    @property
+    def document(self) -> User:
+        """The user's document as it will be committed; read when the write is concluded."""
+        return self._committed[self._user_id].user
 
-    async def conclude(self) -> None:
+    async def conclude(self, result: Callable[[], T]) -> T:
         """Raise the versions and append the changes; then, in a later statement, read.
 
         One statement for both would return the new version with devices from before the lock.
+        Returns what `result` makes of it, which is recorded together with the write.
         """
         async with asyncio.timeout(CONCLUSION_TIMEOUT):
             if self._kinds:
-                self._generation = await self._raise_versions()
+                await self._raise_versions()
             self._committed = await self._documents.shape.read_by_id(
                 self.connection, list(self._announcement.keys)
             )
+            value = result()
+            await self._recorder.record(self.connection, self._user_id, value)
+        self._concluded = True
+        return value
 
-    async def _raise_versions(self) -> int:
-        """Returns the generation that holds after this write."""
+    async def _raise_versions(self) -> None:
         kinds = self._kinds.values()
-        generation = await self.connection.scalar(
+        concluded = await self.connection.execute(
             _CONCLUDE,
             {
                 "ids": list(self._kinds),
@@ -147,13 +185,15 @@ class Write:
                 "generation": self._announcement.generation,
             },
         )
-        return int(generation)
+        self._generation, self._versions = concluded.one()
 
     async def commit(self) -> None:
         """Commit, then let the cache know. Not to be cancelled in between.
 
         After a commit whose outcome is unknown, the marker stays until it expires.
         """
+        if not self._concluded:
+            raise RuntimeError("a write must be concluded")
         try:
             with translated():
                 await self.connection.commit()
@@ -162,9 +202,10 @@ class Write:
         documents = self._documents
         documents.forget_flights(self._announcement.keys)
         documents.state.adopt(self._generation, "unannounced_write")
-        told = await documents.cache.publish(
-            self._announcement, {i: read.stored() for i, read in self._committed.items()}
-        )
+        # An erased user has a version, and no document.
+        outcomes = {i: Outcome(version, None) for i, version in self._versions.items()}
+        outcomes |= {i: Outcome(read.version, read.stored()) for i, read in self._committed.items()}
+        told = await documents.cache.publish(self._announcement, outcomes)
         if not told and self._kinds and self._announcement.complete:
             await documents.state.leave_behind(self._announcement.generation, "unpublished_write")
 
@@ -188,7 +229,7 @@ class Documents:
         self._database = database
         self._flights: dict[str, asyncio.Task[StoredDocument | None]] = {}
         self._unknown: dict[str, float] = {}
-        self._endings: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[None]] = set()
 
     @property
     def epoch(self) -> str:
@@ -234,13 +275,15 @@ class Documents:
         """
         cached = dict(zip(ids, await self.cache.get_many(ids), strict=True))
         found = {i: doc for i, doc in cached.items() if isinstance(doc, StoredDocument)}
-        lacking = [user_id for user_id in cached if user_id not in found]
+        lacking = [i for i in cached if i not in found and not self._is_unknown(i)]
         if lacking:
             leases = await self.cache.lease([i for i in lacking if cached[i] is MISS])
             async with self._database.reading() as connection:
                 read = await self.shape.read_by_id(connection, lacking)
             found |= {user_id: document.stored() for user_id, document in read.items()}
-            await self.cache.fill({i: found[i] for i in leases if i in found}, leases)
+            for user_id in set(lacking) - read.keys():
+                self._remember_unknown(user_id)
+            self._fill({i: found[i] for i in leases if i in found}, leases)
         return found
 
     async def find(self, *where: ColumnElement[bool], limit: int | None = None) -> list[User]:
@@ -250,24 +293,23 @@ class Documents:
         return [document.user for document in found]
 
     @asynccontextmanager
-    async def write(self, *user_ids: str) -> AsyncIterator[Write]:
-        """Run a write in the one shape that writes have.
+    async def write(self, user_id: str, recorder: Recorder = UNRECORDED) -> AsyncIterator[Write]:
+        """Run a write of a user in the one shape that writes have.
 
-        Announce `user_ids`, begin; the block locks, changes, and says what `changed`; then raise
-        the versions, append the changes, read the documents, commit, publish.
+        Begin; the block announces and locks, changes, says what `changed`, and concludes (raise
+        the versions, append the changes, read the documents, record); then commit, publish.
 
         Raises:
             Overloaded: it took longer than `TRANSACTION_TIMEOUT`, or a lock was not got.
             DependencyUnavailable: Postgres cannot be reached.
         """
         connection = await self._database.connect()
-        write = Write(self, connection)
+        write = Write(self, connection, user_id, recorder)
         try:
             async with asyncio.timeout(TRANSACTION_TIMEOUT):
-                await write.announce(*user_ids)
                 with translated():
+                    await recorder.open(connection)
                     yield write
-                    await write.conclude()
         except BaseException as error:
             await self._to_the_end(write.abandon())
             if isinstance(error, TimeoutError):
@@ -275,16 +317,9 @@ class Documents:
             raise
         await self._to_the_end(write.commit())
 
-    async def _to_the_end(self, ending: Awaitable[None]) -> None:
+    async def _to_the_end(self, ending: Coroutine[Any, Any, None]) -> None:
         """Run the end of a write even if the request that made it is cancelled."""
-
-        async def run() -> None:
-            await ending
-
-        task = asyncio.create_task(run())
-        self._endings.add(task)
-        task.add_done_callback(self._endings.discard)
-        await asyncio.shield(task)
+        await asyncio.shield(self._in_background(ending))
 
     def forget_flights(self, ids: Iterable[str]) -> None:
         """Detach the reads under way, which may be older than what was just committed."""
@@ -315,9 +350,19 @@ class Documents:
             self._remember_unknown(user_id)
             return None
         document = found[user_id].stored()
-        if leases:
-            await self.cache.fill({user_id: document}, leases)
+        self._fill({user_id: document} if leases else {}, leases)
         return document
+
+    def _fill(self, documents: Mapping[str, StoredDocument], leases: Mapping[str, str]) -> None:
+        """Fill the cache while the answer is already on its way."""
+        if documents:
+            self._in_background(self.cache.fill(documents, leases))
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
 
     def _is_unknown(self, user_id: str) -> bool:
         until = self._unknown.get(user_id)
@@ -334,5 +379,5 @@ class Documents:
         self._unknown[user_id] = time.monotonic() + UNKNOWN_FOR
 
     async def close(self) -> None:
-        """Wait for the ends of writes."""
-        await asyncio.gather(*self._endings, return_exceptions=True)
+        """Wait for the ends of writes, and for what is being filled."""
+        await asyncio.gather(*self._background, return_exceptions=True)

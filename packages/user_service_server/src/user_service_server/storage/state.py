@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
 import time
 from dataclasses import dataclass, replace
@@ -13,7 +12,9 @@ from sqlalchemy import Text, column, func, select, table, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..errors import DependencyUnavailable, Overloaded
+from ..logs import describe
 from ..metrics import Metrics
+from ..periodic import Periodic
 from ..settings import Settings
 from .database import Database, create_engine, translated
 from .tables import REVISION, service_state
@@ -114,7 +115,7 @@ class StateWatcher:
         )
         self._database = database
         self._raised = metrics.generation_raised
-        self._task: asyncio.Task[None] | None = None
+        self._watch = Periodic("state-watcher", self.look, lambda: POLL_INTERVAL)
         self._looking: asyncio.Task[None] | None = None
         self._current = SharedState()
         self.latency: float | None = None
@@ -158,7 +159,7 @@ class StateWatcher:
                 _log.warning("postgres.waiting", waiting_for=missing, up_to_seconds=patience)
                 told = missing
             await asyncio.sleep(POLL_INTERVAL)
-        self._task = asyncio.create_task(self._watch(), name="state-watcher")
+        self._watch.start()
 
     async def look(self) -> None:
         """Look at the row; looks at the same time are one, so that none brings an old state back.
@@ -166,7 +167,7 @@ class StateWatcher:
         A row that cannot be read leaves the last state, and says that Postgres is gone.
         """
         if self._looking is None or self._looking.done():
-            self._looking = asyncio.create_task(self._look())
+            self._looking = asyncio.create_task(self._look(), name="state-look")
         await asyncio.shield(self._looking)
 
     async def _look(self) -> None:
@@ -176,7 +177,9 @@ class StateWatcher:
                 await self._read()
             self.latency = time.perf_counter() - began
             reachable = True
-        except (DependencyUnavailable, Overloaded, TimeoutError):
+        except Exception as error:  # noqa: BLE001 - whatever it is, the watch must go on
+            if not isinstance(error, DependencyUnavailable | Overloaded | TimeoutError):
+                _log.error("postgres.refuses", **describe(error))
             self.latency = None
             reachable = False
         if reachable != self._database.reachable:
@@ -237,15 +240,9 @@ class StateWatcher:
                 await connection.execute(_RAISE, {"generation": generation})
         self.adopt(generation + 1, reason)
 
-    async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(POLL_INTERVAL)
-            await self.look()
-
     async def close(self) -> None:
         """Stop watching."""
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        await self._watch.stop()
+        if self._looking is not None:
+            await self._looking
         await self._engine.dispose()

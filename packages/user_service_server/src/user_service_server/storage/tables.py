@@ -20,7 +20,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, UUID
 
-REVISION = "0002"
+REVISION = "0003"
 """The migration that makes these tables. Revisions are numbers, so that they can be compared."""
 
 metadata = MetaData(
@@ -118,6 +118,34 @@ changes = Table(
     Column("at", _instant(), nullable=False),
     Column("actor", Text),
     Index("ix_changes_unnumbered", "id", postgresql_where=text("position IS NULL")),
+)
+
+change_feed = Table(
+    "change_feed",
+    metadata,
+    Column("id", SmallInteger, primary_key=True, autoincrement=False),
+    # The last position that was given, and the last that was deleted.
+    Column("last_position", BigInteger, nullable=False),
+    Column("pruned_position", BigInteger, nullable=False),
+    # Every change that was acknowledged before this instant has a position.
+    Column("complete_through", _instant(), nullable=False),
+    CheckConstraint("id = 1", name="one_row"),
+)
+
+recorded_answers = Table(
+    "recorded_answers",
+    metadata,
+    Column("caller", _exact, primary_key=True),
+    Column("key", _exact, primary_key=True),
+    # Of what was asked, keyed by SECRET_KEY: a body may hold a password.
+    Column("digest", LargeBinary, nullable=False),
+    Column("status", SmallInteger, nullable=False),
+    Column("headers", JSONB, nullable=False),
+    Column("body", LargeBinary, nullable=False),
+    Column("user_id", _id(), nullable=False),
+    Column("at", _instant(), nullable=False),
+    Index(None, "user_id"),
+    Index(None, "at"),
 )
 
 preference_history = Table(

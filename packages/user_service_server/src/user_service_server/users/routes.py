@@ -20,6 +20,7 @@ from user_service_schemas import (
 
 from ..http.answers import HTTPRequest, answer, document_answer, documents_answer
 from ..http.bodies import MAX_BATCH_BODY
+from ..http.idempotency import Idempotency
 from ..http.operations import operation
 from ..http.requests import (
     UUID_PATTERN,
@@ -42,7 +43,7 @@ _SAMPLE = {
 }
 
 
-def users_router(users: Users, documents: Documents) -> Router:
+def users_router(users: Users, documents: Documents, idempotency: Idempotency) -> Router:
     """Return the routes of users."""
 
     @post(
@@ -55,17 +56,22 @@ def users_router(users: Users, documents: Documents) -> Router:
             ErrorCode.EXTERNAL_ID_TAKEN,
             body=CreateUser,
             judge=users.judge_registration,
+            is_write=True,
             example=_SAMPLE,
             description="Preferences that are not named are: email and push on, no quiet hours.",
         ),
     )
-    async def create_user(data: JSONBody[CreateUser]) -> ASGIResponse:
-        user = await users.register(data)
-        headers = [
-            ("Location", f"/api/v1/users/{user.id}"),
-            ("ETag", documents.etag(user.version)),
-        ]
-        return answer(user, "User registered", status=201, headers=headers)
+    async def create_user(request: HTTPRequest, data: JSONBody[CreateUser]) -> ASGIResponse:
+        def render(user: User) -> ASGIResponse:
+            headers = [
+                ("Location", f"/api/v1/users/{user.id}"),
+                ("ETag", documents.etag(user.version)),
+            ]
+            return answer(user, "User registered", status=201, headers=headers)
+
+        return await idempotency.run(
+            request, render, lambda recorder: users.register(data, recorder)
+        )
 
     @get(
         "/{user_id:str}",
@@ -151,8 +157,15 @@ def users_router(users: Users, documents: Documents) -> Router:
     async def update_user(
         request: HTTPRequest, user_id: FromPath[str], data: JSONBody[UserUpdate]
     ) -> ASGIResponse:
-        user = await users.update(user_id_of(user_id), data, if_match(request))
-        return answer(user, "User updated", headers=[("ETag", documents.etag(user.version))])
+        def render(user: User) -> ASGIResponse:
+            return answer(user, "User updated", headers=[("ETag", documents.etag(user.version))])
+
+        subject = user_id_of(user_id)
+        return await idempotency.run(
+            request,
+            render,
+            lambda recorder: users.update(subject, data, if_match(request), recorder),
+        )
 
     @delete(
         "/{user_id:str}",
@@ -166,8 +179,12 @@ def users_router(users: Users, documents: Documents) -> Router:
         ),
     )
     async def delete_user(request: HTTPRequest, user_id: FromPath[str]) -> ASGIResponse:
-        await users.erase(user_id_of(user_id), if_match(request))
-        return answer(None, "User erased")
+        subject = user_id_of(user_id)
+        return await idempotency.run(
+            request,
+            lambda _: answer(None, "User erased"),
+            lambda recorder: users.erase(subject, if_match(request), recorder),
+        )
 
     return Router(
         "/users",

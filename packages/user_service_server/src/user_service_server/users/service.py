@@ -24,8 +24,9 @@ from ..devices import repository as devices
 from ..errors import EmailTaken, ExternalIdTaken, Invalid
 from ..preferences import repository as preferences
 from ..settings import Settings
+from ..storage import recorded_answers
 from ..storage.document import EntityTags, StoredDocument
-from ..storage.documents import Documents, Write
+from ..storage.documents import Documents, Recorder, Write
 from . import repository
 from .profile import email_key, judge_profile, phone_key, profile_values
 
@@ -38,7 +39,7 @@ class Users:
         self._documents = documents
         self._passwords = passwords
 
-    async def register(self, request: CreateUser) -> User:
+    async def register(self, request: CreateUser, recorder: Recorder) -> User:
         """Register a user with default preferences where the request names none.
 
         Raises:
@@ -54,7 +55,8 @@ class Users:
         if request.password is not None:
             values["password_hash"] = await self._passwords.hash(request.password)
         user_id = str(uuid7())
-        async with self._documents.write(user_id) as write:
+        async with self._documents.write(user_id, recorder) as write:
+            await write.announce(user_id)
             await write.lock_names(*_names(values))
             while not await repository.insert_user(write.connection, user_id, values):
                 # Whoever had it may have given it up in between: then it is free now.
@@ -63,7 +65,7 @@ class Users:
                 write.connection, user_id, choices, request.preferences.consent or None
             )
             write.changed(user_id, ChangeKind.USER_CREATED)
-        return write.document(user_id)
+            return await write.conclude(lambda: write.document)
 
     def judge_registration(self, request: Any) -> list[FieldError]:
         """Return what is wrong with a registration that may be valid only in part."""
@@ -102,7 +104,13 @@ class Users:
         where = [repository.after(user_id)] if user_id else []
         return await self._documents.find(*where, limit=limit)
 
-    async def update(self, user_id: str, request: UserUpdate, if_match: EntityTags | None) -> User:
+    async def update(
+        self,
+        user_id: str,
+        request: UserUpdate,
+        if_match: EntityTags | None,
+        recorder: Recorder,
+    ) -> User:
         """Change a profile.
 
         Raises:
@@ -111,7 +119,7 @@ class Users:
         values, errors = profile_values(request)
         if errors:
             raise Invalid(*errors)
-        async with self._documents.write(user_id) as write:
+        async with self._documents.write(user_id, recorder) as write:
             await write.lock_names(*_names(values))
             row = await write.lock_user(user_id, if_match)
             fresh = {column: v for column, v in values.items() if getattr(row, column) != v}
@@ -121,20 +129,22 @@ class Users:
                 reset = {"email_deliverable": True} if "email_key" in fresh else {}
                 await repository.update_user(write.connection, user_id, {**fresh, **reset})
                 write.changed(user_id, ChangeKind.USER_UPDATED)
-        return write.document(user_id)
+            return await write.conclude(lambda: write.document)
 
-    async def erase(self, user_id: str, if_match: EntityTags | None) -> None:
-        """Erase a user's personal data; that the id existed stays.
+    async def erase(self, user_id: str, if_match: EntityTags | None, recorder: Recorder) -> None:
+        """Erase a user's personal data, recorded answers included; that the id existed stays.
 
         Raises:
             UserNotFound, VersionMismatch
         """
-        async with self._documents.write(user_id) as write:
+        async with self._documents.write(user_id, recorder) as write:
             await write.lock_user(user_id, if_match)
+            await recorded_answers.forget(write.connection, user_id)
             await preferences.erase(write.connection, user_id)
             await devices.erase(write.connection, user_id)
             await repository.erase_user(write.connection, user_id)
             write.changed(user_id, ChangeKind.USER_DELETED)
+            await write.conclude(lambda: None)
 
 
 def _names(values: dict[str, str | None]) -> list[bytes]:

@@ -1,0 +1,304 @@
+"""The feed of one process: numbers changes when it is its turn, and reads them for all streams."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
+
+import msgspec
+import structlog
+from user_service_schemas import Change, Changes, Heartbeat
+
+from ..errors import DependencyUnavailable, InvalidCursor, Overloaded
+from ..logs import describe
+from ..metrics import Metrics
+from ..periodic import Periodic
+from ..settings import Settings
+from ..storage.database import Database, create_engine, translated
+from ..storage.state import StateWatcher
+from . import repository
+from .repository import FeedState
+
+INTERVAL = 0.05
+"""Seconds between two looks at the log: what a change may wait for its position and its readers.
+
+Not sooner for a write of this process: what is committed in between goes to all readers at once.
+"""
+THROUGH_INTERVAL = timedelta(seconds=1)
+"""How old `through` may be in a feed in which nothing happens."""
+HEARTBEAT_INTERVAL = 15.0
+BATCH = 1000
+TAIL_BYTES = 4 * 1024 * 1024
+"""How much of the latest events is kept for streams that continue."""
+QUEUE_BYTES = 1024 * 1024
+"""How much may wait for one reader before it is cut off, to continue when it reads again."""
+
+_log = structlog.get_logger()
+_encode = msgspec.json.Encoder().encode
+
+
+class Cursor(NamedTuple):
+    """A place in the feed: `<epoch>.<position>`."""
+
+    epoch: str
+    position: int
+
+    def __str__(self) -> str:
+        return f"{self.epoch}.{self.position}"
+
+    @classmethod
+    def parse(cls, text: str) -> Cursor:
+        """Return the cursor that `text` is; raises `InvalidCursor`."""
+        epoch, _, position = text.partition(".")
+        if not epoch.isalnum() or not position.isdecimal() or len(text) > 64:
+            raise InvalidCursor
+        return cls(epoch, int(position))
+
+
+class Event(NamedTuple):
+    """An event as it goes to the socket, and the position behind which a stream continues."""
+
+    position: int
+    encoded: bytes
+
+
+def encode_event(name: str, data: object, cursor: Cursor | None = None) -> bytes:
+    """Return an event as the WHATWG's HTML standard has it (section 9.2.5)."""
+    identified = f"id: {cursor}\n" if cursor else ""
+    return b"%bevent: %b\ndata: %b\n\n" % (identified.encode(), name.encode(), _encode(data))
+
+
+def encode_changes(changes: Iterable[Change]) -> Iterator[Event]:
+    """Encode changes, each with its position as the id to go on from."""
+    for change in changes:
+        cursor = Cursor.parse(change.position)
+        yield Event(cursor.position, encode_event("change", change, cursor))
+
+
+class Subscription:
+    """What waits for one reader: chunks of encoded events, which all readers share."""
+
+    def __init__(self) -> None:
+        self._chunks: deque[bytes] = deque()
+        self._size = 0
+        self._filled = asyncio.Event()
+        self.too_slow = False
+
+    def put(self, chunk: bytes) -> None:
+        """Add a chunk; a reader for whom too much waits is marked as too slow."""
+        self._size += len(chunk)
+        if self._size > QUEUE_BYTES:
+            self.too_slow = True
+            self._chunks.clear()
+        else:
+            self._chunks.append(chunk)
+        self._filled.set()
+
+    async def take(self) -> bytes:
+        """Wait for what there is to send; empty if the reader was too slow."""
+        await self._filled.wait()
+        self._filled.clear()
+        chunk = b"".join(self._chunks)
+        self._chunks.clear()
+        self._size = 0
+        return chunk
+
+
+class ChangeFeed:
+    """The change feed as one process sees it.
+
+    One sequencer at a time, of whichever process gets the lock, numbers committed changes; each
+    process reads them once, and hands the encoded events to all its streams.
+    """
+
+    def __init__(
+        self, settings: Settings, database: Database, state: StateWatcher, metrics: Metrics
+    ) -> None:
+        # Not of the pool that answers requests: the feed must not wait behind them.
+        self._engine = create_engine(settings, pool_size=2)
+        self._autocommit = self._engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._database = database
+        self._state = state
+        self._retention_days = settings.changes_retention_days
+        self._metrics = metrics
+        self._running = Periodic("change-feed", self._run, lambda: INTERVAL)
+        self._epoch = ""
+        self._position = 0
+        self._pruned = 0
+        self._through = datetime.now(UTC)
+        self._clock_offset = timedelta()
+        self._heartbeat_at = 0.0
+        self._tail: deque[Event] = deque()
+        self._tail_size = 0
+        self._subscriptions: set[Subscription] = set()
+
+    async def start(self) -> None:
+        """Begin at the end of the log."""
+        async with self._autocommit.connect() as connection:
+            self._begin(await repository.read_feed_state(connection))
+        self._running.start()
+
+    def _begin(self, state: FeedState) -> None:
+        self._epoch = self._state.epoch
+        self._position = state.last_position
+        self._tail.clear()
+        self._tail_size = 0
+        self._note(state)
+
+    @property
+    def end(self) -> Cursor:
+        """The place behind the last change that was read."""
+        return Cursor(self._epoch, self._position)
+
+    def completeness(self) -> Heartbeat:
+        """Return up to which time all that was acknowledged has been read."""
+        return Heartbeat(through=self._through, now=datetime.now(UTC) + self._clock_offset)
+
+    def heartbeat(self) -> bytes:
+        """Return the event that says how complete the feed is."""
+        return encode_event("heartbeat", self.completeness())
+
+    async def why_not(self, cursor: Cursor) -> str | None:
+        """Return why nobody can go on from here: `epoch`, `age`, or None if one can.
+
+        Raises:
+            DependencyUnavailable, Overloaded
+        """
+        if cursor.position > self._position or cursor.epoch != self._epoch:
+            # Perhaps this process is the one that is behind.
+            async with self._database.reading() as connection:
+                state = await repository.read_feed_state(connection)
+            if cursor.epoch != self._state.epoch or cursor.position > state.last_position:
+                return "epoch"
+        return "age" if cursor.position < self._pruned else None
+
+    async def read(self, after: Cursor | None, limit: int) -> Changes:
+        """Return a page of changes behind a cursor, or from the oldest.
+
+        Raises:
+            InvalidCursor: it is of another epoch, or older than what is kept.
+            DependencyUnavailable, Overloaded
+        """
+        async with self._database.reading() as connection:
+            state = await repository.read_feed_state(connection)
+            epoch = self._state.epoch
+            position = state.pruned_position if after is None else after.position
+            if after is not None and (
+                after.epoch != epoch or not state.pruned_position <= position <= state.last_position
+            ):
+                raise InvalidCursor
+            items = await repository.read_changes(connection, epoch, position, limit)
+        return Changes(
+            items=tuple(items),
+            next=items[-1].position if items else str(Cursor(epoch, position)),
+        )
+
+    def subscribe(self, cursor: Cursor) -> Subscription | None:
+        """Follow the feed from `cursor`; None if it lies before what this process still has."""
+        first = self._tail[0].position - 1 if self._tail else self._position
+        if cursor.position < first:
+            return None
+        subscription = Subscription()
+        missed = [event.encoded for event in self._tail if event.position > cursor.position]
+        for chunk in missed:
+            subscription.put(chunk)
+        if subscription.too_slow:
+            return None
+        self._subscriptions.add(subscription)
+        return subscription
+
+    def unsubscribe(self, subscription: Subscription) -> None:
+        """Follow the feed no longer."""
+        self._subscriptions.discard(subscription)
+
+    @property
+    def subscribers(self) -> int:
+        """How many follow the feed."""
+        return len(self._subscriptions)
+
+    def end_streams(self) -> None:
+        """Wake all readers, so that they see that they are to end."""
+        for subscription in self._subscriptions:
+            subscription.put(b"")
+
+    async def _run(self) -> None:
+        try:
+            with translated():
+                await self._step()
+        except (DependencyUnavailable, Overloaded):
+            pass  # the state watcher tells of it, and heartbeats show that nothing comes
+        except Exception as error:  # noqa: BLE001 - a feed that ended would be silent
+            _log.error("feed.failed", **describe(error))
+        self._beat()
+
+    async def _step(self) -> None:
+        async with self._autocommit.connect() as connection:
+            state = await repository.read_feed_state(connection)
+        if state.oldest_waiting or state.now - state.complete_through > THROUGH_INTERVAL:
+            async with self._engine.begin() as connection:
+                numbered = await repository.number_changes(connection, BATCH)
+            if numbered is not None:
+                self._metrics.feed_numbered.inc(numbered)
+                async with self._autocommit.connect() as connection:
+                    state = await repository.read_feed_state(connection)
+        if self._epoch != self._state.epoch:
+            self._reset(state)
+        while self._position < state.last_position:
+            async with self._autocommit.connect() as connection:
+                read = await repository.read_changes(connection, self._epoch, self._position, BATCH)
+            if not read:
+                break
+            self._publish(read)
+        self._note(state)
+
+    def _note(self, state: FeedState) -> None:
+        self._through = state.complete_through
+        self._pruned = state.pruned_position
+        self._clock_offset = state.now - datetime.now(UTC)
+        waiting = state.now - state.oldest_waiting if state.oldest_waiting else timedelta()
+        self._metrics.feed_lag.set(waiting.total_seconds())
+        self._metrics.feed_through_lag.set((state.now - self._through).total_seconds())
+        self._metrics.feed_position.set(self._position)
+
+    def _reset(self, state: FeedState) -> None:
+        """Begin anew in another epoch; the streams end, and are reset when they come back."""
+        self._begin(state)
+        for subscription in self._subscriptions:
+            subscription.too_slow = True
+            subscription.put(b"")
+        self._subscriptions.clear()
+
+    def _publish(self, read: list[Change]) -> None:
+        events = list(encode_changes(read))
+        for event in events:
+            self._tail.append(event)
+            self._tail_size += len(event.encoded)
+        while self._tail_size > TAIL_BYTES:
+            self._tail_size -= len(self._tail.popleft().encoded)
+        self._position = events[-1].position
+        self._broadcast(b"".join(event.encoded for event in events))
+        self._metrics.stream_events.inc(len(events) * len(self._subscriptions))
+
+    def _beat(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if now >= self._heartbeat_at:
+            self._heartbeat_at = now + HEARTBEAT_INTERVAL
+            self._broadcast(self.heartbeat())
+
+    def _broadcast(self, chunk: bytes) -> None:
+        for subscription in self._subscriptions:
+            subscription.put(chunk)
+
+    async def prune(self) -> int:
+        """Delete what is older than what is kept, a batch at a time; returns how much it was."""
+        with translated():
+            async with self._engine.begin() as connection:
+                return await repository.prune_changes(connection, self._retention_days, BATCH)
+
+    async def close(self) -> None:
+        """Stop reading."""
+        await self._running.stop()
+        await self._engine.dispose()

@@ -1,0 +1,67 @@
+"""The HTTP of changes."""
+
+from __future__ import annotations
+
+import asyncio
+
+from litestar import Router, get
+from litestar.params import FromQuery
+from litestar.response.base import ASGIResponse
+from user_service_schemas import Change, Changes, ErrorCode
+
+from ..http.answers import HTTPRequest, answer
+from ..http.operations import operation
+from ..http.requests import PageLimit
+from ..metrics import Metrics
+from ..settings import Settings
+from .feed import ChangeFeed, Cursor
+from .stream import ChangeStream
+
+
+def changes_router(
+    feed: ChangeFeed, settings: Settings, draining: asyncio.Event, metrics: Metrics
+) -> Router:
+    """Return the routes of the change feed."""
+
+    @get(
+        "/",
+        **operation(
+            "list_changes",
+            "List changes behind a cursor, or from the oldest that is kept",
+            Changes,
+            ErrorCode.INVALID_CURSOR,
+            description="Nothing is skipped, and for one user nothing is out of order. Go on with"
+            " `next`, also when there was nothing yet.",
+            query={"after": "The `position` or `next` to go on from."},
+        ),
+    )
+    async def list_changes(
+        after: FromQuery[str | None] = None, limit: PageLimit = 100
+    ) -> ASGIResponse:
+        cursor = None if after is None else Cursor.parse(after)
+        return answer(await feed.read(cursor, limit), "Changes listed")
+
+    @get(
+        "/stream",
+        **operation(
+            "stream_changes",
+            "Follow changes as Server-Sent Events",
+            Change,
+            ErrorCode.INVALID_CURSOR,
+            description="Events: `ready` (from now on), `change`, `heartbeat` (every 15 s; up to"
+            " which time the feed is complete), `reset` (the cursor is of another epoch, or older"
+            " than what is kept). Goes on from `Last-Event-ID`.",
+            media_type="text/event-stream",
+        ),
+    )
+    async def stream_changes(request: HTTPRequest) -> ChangeStream:
+        last = request.headers.get("last-event-id")
+        return ChangeStream(
+            feed,
+            Cursor.parse(last) if last else None,
+            max_life=settings.stream_max_life,
+            draining=draining,
+            metrics=metrics,
+        )
+
+    return Router("/changes", route_handlers=[list_changes, stream_changes])

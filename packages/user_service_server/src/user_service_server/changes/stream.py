@@ -1,0 +1,119 @@
+"""One stream of the change feed: Server-Sent Events to one reader."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+from litestar.types import (
+    HTTPResponseBodyEvent,
+    HTTPResponseStartEvent,
+    Receive,
+    Scope,
+    Send,
+)
+from user_service_schemas import Reset
+
+from ..metrics import Metrics
+from .feed import ChangeFeed, Cursor, Subscription, encode_changes, encode_event
+
+SEND_TIMEOUT = 10.0
+"""Seconds that a reader may take to take what was sent."""
+RETRY_MS = 1000
+"""After how long a reader is asked to come back; browsers and the client add their own jitter."""
+PAGE = 1000
+_HEADERS = [
+    (b"content-type", b"text/event-stream"),
+    (b"cache-control", b"no-store"),
+    # Buffering proxies would hold events back.
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class ChangeStream:
+    """An ASGI answer that follows the feed from a cursor, or from now on.
+
+    Ends after about `max_life` seconds, so that replicas share the streams again; when the service
+    is shut down; and when the reader is too slow. It continues with `Last-Event-ID`.
+    """
+
+    def __init__(
+        self,
+        feed: ChangeFeed,
+        cursor: Cursor | None,
+        *,
+        max_life: float,
+        draining: asyncio.Event,
+        metrics: Metrics,
+    ) -> None:
+        self._feed = feed
+        self._cursor = cursor
+        self._life = max_life * random.uniform(0.8, 1.2)  # noqa: S311 - no secret
+        self._draining = draining
+        self._ended = metrics.streams_ended
+
+    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
+        """Stream until something ends it."""
+        await send(HTTPResponseStartEvent(type="http.response.start", status=200, headers=_HEADERS))
+        gone = asyncio.create_task(_disconnected(receive))
+        following = asyncio.create_task(self._follow(send))
+        try:
+            await asyncio.wait({gone, following}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+            following.cancel()
+        reason = "client"
+        if following.done() and not following.cancelled():
+            reason = following.result()
+            await _send(send, b"", more=False)
+        self._ended.labels(reason).inc()
+
+    async def _follow(self, send: Send) -> str:
+        """Send what there is, and then what comes; returns why it ended."""
+        ends_at = asyncio.get_running_loop().time() + self._life
+        subscription = await self._begin(send)
+        try:
+            while not self._draining.is_set():
+                chunk = await subscription.take()  # a heartbeat at the latest
+                if subscription.too_slow or not await _send(send, chunk):
+                    return "too_slow"
+                if asyncio.get_running_loop().time() >= ends_at:
+                    return "age"
+            return "shutdown"
+        finally:
+            self._feed.unsubscribe(subscription)
+
+    async def _begin(self, send: Send) -> Subscription:
+        """Send what the reader has missed, until this process has the rest in memory."""
+        feed, cursor = self._feed, self._cursor
+        if cursor is None:
+            cursor = feed.end
+            first = encode_event("ready", feed.completeness(), cursor)
+        elif reason := await feed.why_not(cursor):
+            cursor = feed.end
+            first = encode_event("reset", Reset(reason=reason), cursor)
+        else:
+            first = b""
+        await _send(send, b"retry: %d\n\n" % RETRY_MS + first)
+        while (subscription := feed.subscribe(cursor)) is None:
+            page = await feed.read(cursor, PAGE)
+            cursor = Cursor.parse(page.next)
+            await _send(send, b"".join(event.encoded for event in encode_changes(page.items)))
+        # Only now: `through` promises that all before it was sent.
+        subscription.put(feed.heartbeat())
+        return subscription
+
+
+async def _send(send: Send, chunk: bytes, *, more: bool = True) -> bool:
+    """Send a chunk; False if the reader did not take it in time."""
+    try:
+        async with asyncio.timeout(SEND_TIMEOUT):
+            await send(HTTPResponseBodyEvent(type="http.response.body", body=chunk, more_body=more))
+    except TimeoutError:
+        return False
+    return True
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,141 @@
+"""Idempotency-Key: a write that is repeated with the same key happens once.
+
+As Stripe has it: the answer is recorded in the transaction of the write, so that whoever does not
+know whether a write happened can repeat it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from litestar.response.base import ASGIResponse
+from sqlalchemy.ext.asyncio import AsyncConnection
+from user_service_schemas import FieldError
+
+from ..errors import IdempotencyInProgress, IdempotencyKeyReused, Invalid
+from ..metrics import Metrics
+from ..settings import Settings
+from ..storage import recorded_answers
+from ..storage.database import Database
+from ..storage.documents import UNRECORDED, Recorder
+from ..storage.recorded_answers import RecordedAnswer
+from .answers import JSON, NO_STORE, HTTPRequest
+
+T = TypeVar("T")
+
+PRUNED_AT_ONCE = 1000
+HEADER = "Idempotency-Key"
+_KEY = re.compile(r"[\x21-\x7e]([\x20-\x7e]{0,253}[\x21-\x7e])?")
+_KEPT_HEADERS = ("etag", "location")
+
+
+class AlreadyAnswered(Exception):
+    """While this request was on its way, another with the same key was answered."""
+
+    def __init__(self, answer: RecordedAnswer) -> None:
+        super().__init__()
+        self.answer = answer
+
+
+class _Recording:
+    """Records the answer to one request under its key."""
+
+    def __init__(
+        self, caller: str, key: str, digest: bytes, render: Callable[[Any], ASGIResponse]
+    ) -> None:
+        self._caller = caller
+        self._key = key
+        self._digest = digest
+        self._render = render
+
+    async def open(self, connection: AsyncConnection) -> None:
+        """Raises `IdempotencyInProgress` or `AlreadyAnswered`."""
+        if not await recorded_answers.try_lock(connection, self._caller, self._key):
+            raise IdempotencyInProgress
+        # Again, since the one who had the lock may have come to its end before it was got.
+        answer = await recorded_answers.find(connection, self._caller, self._key)
+        if answer is not None:
+            raise AlreadyAnswered(answer)
+
+    async def record(self, connection: AsyncConnection, user_id: str, result: Any) -> None:
+        response = self._render(result)
+        answer = RecordedAnswer(
+            digest=self._digest,
+            status=response.status_code,
+            headers=[
+                (name, value)
+                for name, value in response.headers.items()
+                if name.lower() in _KEPT_HEADERS
+            ],
+            body=bytes(response.body),
+        )
+        await recorded_answers.record(connection, self._caller, self._key, user_id, answer)
+
+
+class Idempotency:
+    """Runs writes, and answers repeats with what was recorded."""
+
+    def __init__(self, settings: Settings, database: Database, metrics: Metrics) -> None:
+        # The first keys new digests; one that was replaced is tried, too.
+        said = [settings.secret_key, *filter(None, [settings.secret_key_previous])]
+        self._secrets = [secret.encode() for secret in said]
+        self._database = database
+        self._replayed = metrics.idempotent_replays
+
+    async def run(
+        self,
+        request: HTTPRequest,
+        render: Callable[[T], ASGIResponse],
+        work: Callable[[Recorder], Awaitable[T]],
+    ) -> ASGIResponse:
+        """Do the work and render its result, unless that was done before under the same key.
+
+        Raises:
+            Invalid: the key is empty, longer than 255 characters, or not printable ASCII.
+            IdempotencyInProgress: the first request with this key is still under way.
+            IdempotencyKeyReused: the first one asked for something else.
+        """
+        key = request.headers.get(HEADER)
+        if key is None:
+            return render(await work(UNRECORDED))
+        if not _KEY.fullmatch(key):
+            raise Invalid(
+                FieldError(field=HEADER, message="Expected 1 to 255 printable characters.")
+            )
+        caller = "anonymous"
+        digests = [_digest(secret, request, await request.body()) for secret in self._secrets]
+        async with self._database.reading() as connection:
+            answer = await recorded_answers.find(connection, caller, key)
+        if answer is None:
+            try:
+                return render(await work(_Recording(caller, key, digests[0], render)))
+            except AlreadyAnswered as already:
+                answer = already.answer
+        return self._replay(answer, digests)
+
+    async def prune(self) -> int:
+        """Delete a batch of answers that are no longer kept; returns how many."""
+        async with self._database.reading() as connection:
+            return await recorded_answers.prune(connection, PRUNED_AT_ONCE)
+
+    def _replay(self, answer: RecordedAnswer, digests: list[bytes]) -> ASGIResponse:
+        if not any(hmac.compare_digest(answer.digest, digest) for digest in digests):
+            raise IdempotencyKeyReused
+        self._replayed.inc()
+        return ASGIResponse(
+            body=answer.body,
+            status_code=answer.status,
+            media_type=JSON,
+            headers=[NO_STORE, *answer.headers, ("Idempotency-Replayed", "true")],
+        )
+
+
+def _digest(secret: bytes, request: HTTPRequest, body: bytes) -> bytes:
+    """Digest what is asked: method, path, condition and body."""
+    asked = (request.method, request.scope["path"], request.headers.get("if-match", ""))
+    message = b"\0".join([*(part.encode() for part in asked), body])
+    return hmac.digest(secret, message, hashlib.sha256)
