@@ -1,4 +1,4 @@
-"""The project's sessions: dev, tests, lint, types, package and pin."""
+"""The project's sessions: dev, tests, chaos, lint, types, package and pin."""
 
 import os
 import shutil
@@ -62,6 +62,14 @@ def tests(session: nox.Session) -> None:
     """Run the suite on real engines, on each supported Python that is there."""
     _install(session, *EDITABLE, *_group("tests"))
     session.run("pytest", "-n", "auto", *session.posargs)
+
+
+@nox.session
+def chaos(session: nox.Session) -> None:
+    """Run the long forms of the tests: minutes of load while things die. Not part of `tests`."""
+    _install(session, *EDITABLE, *_group("tests"))
+    seconds = {"CHAOS_SECONDS": os.environ.get("CHAOS_SECONDS", "120")}
+    session.run("pytest", "tests/chaos", "-s", *session.posargs, env=seconds)
 
 
 @nox.session
