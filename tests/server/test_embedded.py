@@ -126,9 +126,10 @@ def test_paused_valkey_does_not_answer_until_it_is_resumed(directory: Path) -> N
 
 
 OWNER = """
-import sys, signal
+import signal, sys
 from pathlib import Path
 from user_service_server.embedded import EmbeddedPostgres, EmbeddedValkey
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell starts with &
 directory = Path(sys.argv[1])
 postgres = EmbeddedPostgres(directory / "postgres", fsync=False)
 with postgres, EmbeddedValkey(directory / "valkey"):

@@ -19,6 +19,9 @@ from user_service_client._answers import Answer
 from user_service_client._transport import Attempt, Transport
 from user_service_client.errors import DeadlineExceeded, UserServiceError
 
+AFTERLIFE = 0.5
+"""Seconds by which an exchange may outlive the call that it was made for."""
+
 ApiKey: TypeAlias = str | Callable[[], str] | Callable[[], Awaitable[str]]
 """A service key, or a function that returns the current one; it is asked at each call."""
 
@@ -90,7 +93,7 @@ class Calls:
             async with deadline:
                 if "Authorization" not in headers and self._api_key is not None:
                     headers["Authorization"] = f"Bearer {await self._key(self._api_key)}"
-                reply = await self._transport.send(self._request(call, headers), attempt)
+                reply = await self._transport.send(self._request(call, headers, timeout), attempt)
         except UserServiceError as error:
             error.elapsed = time.monotonic() - started
             raise
@@ -123,13 +126,16 @@ class Calls:
         headers.update(call.headers)
         return headers
 
-    def _request(self, call: Call, headers: httpx.Headers) -> httpx.Request:
+    def _request(self, call: Call, headers: httpx.Headers, timeout: float) -> httpx.Request:
+        # For an exchange whose call was given up: the deadline of the call itself comes sooner.
+        limits = dict.fromkeys(("connect", "read", "write", "pool"), timeout + AFTERLIFE)
         query = f"?{urlencode(call.params)}" if call.params else ""
         return httpx.Request(
             call.method,
             f"{self._base_url}{call.path}{query}",
             headers=headers,
             content=None if call.body is None else msgspec.json.encode(call.body),
+            extensions={"timeout": limits},
         )
 
     @staticmethod

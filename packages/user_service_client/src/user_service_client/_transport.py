@@ -6,7 +6,6 @@ The only module that knows what httpx transports raise.
 from __future__ import annotations
 
 import asyncio
-from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 
 import httpx
@@ -72,11 +71,11 @@ class Transport:
                 keepalive_expiry=KEEPALIVE_EXPIRY,
             )
         )
-        # A request that is cancelled while it waits in httpcore's own queue leaves a connection
-        # that nobody opens or closes (httpcore 1.0.9), until none is left. So nothing waits there.
-        self._slots: AbstractAsyncContextManager[None] = (
-            asyncio.Semaphore(MAX_CONNECTIONS) if self._reports else nullcontext()
-        )
+        # A request that is cancelled inside httpcore 1.0.9, in its queue or in an exchange, can
+        # leave a connection that nobody opens or closes, until none is left (encode/httpcore#1093).
+        # So nothing waits in its queue, and an exchange goes on without its cancelled call.
+        self._slots = asyncio.Semaphore(MAX_CONNECTIONS)
+        self._exchanges: set[asyncio.Task[Reply]] = set()
 
     async def send(self, request: httpx.Request, attempt: Attempt) -> Reply:
         """Send `request` and return the answer, whatever its status.
@@ -90,18 +89,31 @@ class Transport:
             request.extensions["trace"] = attempt.trace
         else:
             attempt.may_have_left = True
-        async with self._slots:
-            try:
-                return await self._exchange(request)
-            except _NOT_SENT as error:
-                raise self._failed(NotSent, attempt, error) from error
-            except httpx.DecodingError as error:
-                raise self._failed(DecodeError, attempt, error) from error
-            except httpx.LocalProtocolError as error:
-                # h11 quotes a header that it refuses, and that may be the key
-                raise self._failed(MaybeProcessed, attempt, error) from None
-            except (httpx.HTTPError, OSError) as error:
-                raise self._failed(MaybeProcessed, attempt, error) from error
+        try:
+            return await (self._undisturbed(request) if self._reports else self._exchange(request))
+        except _NOT_SENT as error:
+            raise self._failed(NotSent, attempt, error) from error
+        except httpx.DecodingError as error:
+            raise self._failed(DecodeError, attempt, error) from error
+        except httpx.LocalProtocolError as error:
+            # h11 quotes a header that it refuses, and that may be the key
+            raise self._failed(MaybeProcessed, attempt, error) from None
+        except (httpx.HTTPError, OSError) as error:
+            raise self._failed(MaybeProcessed, attempt, error) from error
+
+    async def _undisturbed(self, request: httpx.Request) -> Reply:
+        """Exchange in a task of its own, which a cancelled call leaves to end by its time-outs."""
+        await self._slots.acquire()
+        exchange = asyncio.create_task(self._exchange(request))
+        self._exchanges.add(exchange)
+        exchange.add_done_callback(self._ended)
+        return await asyncio.shield(exchange)
+
+    def _ended(self, exchange: asyncio.Task[Reply]) -> None:
+        self._slots.release()
+        self._exchanges.discard(exchange)
+        if not exchange.cancelled():
+            exchange.exception()  # of a call that was cancelled, nobody asks for it
 
     async def _exchange(self, request: httpx.Request) -> Reply:
         response = await self._transport.handle_async_request(request)
@@ -122,5 +134,6 @@ class Transport:
         )
 
     async def aclose(self) -> None:
-        """Close the connections."""
+        """Close the connections, and with them what is still under way."""
         await self._transport.aclose()
+        await asyncio.gather(*self._exchanges, return_exceptions=True)

@@ -31,8 +31,8 @@ _PAGE = b"""<!doctype html>
 </html>
 """
 _START = b"""SwaggerUIBundle({
-  url: "/openapi.json", dom_id: "#swagger-ui", deepLinking: true, tryItOutEnabled: true,
-  validatorUrl: null
+  url: "/openapi.json", dom_id: "#swagger-ui", deepLinking: true,
+  defaultModelsExpandDepth: 0, validatorUrl: null
 });
 """
 _MEDIA = {".css": "text/css", ".js": "text/javascript"}

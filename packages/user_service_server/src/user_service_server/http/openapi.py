@@ -65,8 +65,8 @@ def _described(app: Litestar) -> Iterator[tuple[str, str, Operation]]:
                 for method in sorted(handler.http_methods):
                     # Ids are unique: where PUT merges like PATCH, PATCH has the plain one.
                     twin = method == "PUT" and "PATCH" in handler.http_methods
-                    named = msgspec.structs.replace(op, id=f"{op.id}_by_put") if twin else op
-                    yield path, method.lower(), named
+                    named = {"id": f"{op.id}_by_put", "summary": f"{op.summary} (merges, as PATCH)"}
+                    yield path, method.lower(), msgspec.structs.replace(op, **named) if twin else op
 
 
 def _operation(path: str, op: Operation, schema_of: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import contextlib
 import re
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
+from contextvars import Context
 from enum import Enum
 from functools import partial
 from itertools import islice
@@ -70,7 +71,10 @@ class _Server:
         if self.recovery is None:
             if not isinstance(error, StrangeServer):
                 _log.warning("redis.unreachable", server=self._name, error=type(error).__qualname__)
-            self.recovery = asyncio.create_task(self._recover(), name="redis-recovery")
+            # In a context of its own: it is not part of the request that met the failure.
+            self.recovery = asyncio.create_task(
+                self._recover(), name="redis-recovery", context=Context()
+            )
 
     async def _recover(self) -> None:
         while True:
