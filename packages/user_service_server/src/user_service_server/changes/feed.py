@@ -191,15 +191,24 @@ class ChangeFeed:
             ):
                 raise InvalidCursor
             items = await repository.read_changes(connection, epoch, position, limit)
+        # Positions have no gaps: if the next one is missing, it was pruned just now.
+        if after is not None and items and Cursor.parse(items[0].position).position > position + 1:
+            raise InvalidCursor
         return Changes(
             items=tuple(items),
             next=items[-1].position if items else str(Cursor(epoch, position)),
         )
 
     def subscribe(self, cursor: Cursor) -> Subscription | None:
-        """Follow the feed from `cursor`; None if it lies before what this process still has."""
+        """Follow the feed from `cursor`; None if this process has not what comes next.
+
+        Raises:
+            InvalidCursor: another epoch has begun.
+        """
+        if cursor.epoch != self._epoch:
+            raise InvalidCursor
         first = self._tail[0].position - 1 if self._tail else self._position
-        if cursor.position < first:
+        if not first <= cursor.position <= self._position:
             return None
         subscription = Subscription()
         missed = [event.encoded for event in self._tail if event.position > cursor.position]

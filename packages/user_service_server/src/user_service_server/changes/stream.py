@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 
 from litestar.types import (
@@ -14,8 +15,9 @@ from litestar.types import (
 )
 from user_service_schemas import Reset
 
+from ..errors import ServiceError
 from ..metrics import Metrics
-from .feed import ChangeFeed, Cursor, Subscription, encode_changes, encode_event
+from .feed import INTERVAL, ChangeFeed, Cursor, Subscription, encode_changes, encode_event
 
 SEND_TIMEOUT = 10.0
 """Seconds that a reader may take to take what was sent."""
@@ -65,23 +67,33 @@ class ChangeStream:
         reason = "client"
         if following.done() and not following.cancelled():
             reason = following.result()
-            await _send(send, b"", more=False)
+            with contextlib.suppress(_TooSlow):
+                await _send(send, b"", more=False)
         self._ended.labels(reason).inc()
 
     async def _follow(self, send: Send) -> str:
         """Send what there is, and then what comes; returns why it ended."""
         ends_at = asyncio.get_running_loop().time() + self._life
-        subscription = await self._begin(send)
         try:
-            while not self._draining.is_set():
-                chunk = await subscription.take()  # a heartbeat at the latest
-                if subscription.too_slow or not await _send(send, chunk):
-                    return "too_slow"
-                if asyncio.get_running_loop().time() >= ends_at:
-                    return "age"
-            return "shutdown"
-        finally:
-            self._feed.unsubscribe(subscription)
+            subscription = await self._begin(send)
+            try:
+                return await self._pass_on(subscription, send, ends_at)
+            finally:
+                self._feed.unsubscribe(subscription)
+        except _TooSlow:
+            return "too_slow"
+        except ServiceError:
+            return "interrupted"  # no Postgres, or another epoch: the reader comes back and is told
+
+    async def _pass_on(self, subscription: Subscription, send: Send, ends_at: float) -> str:
+        while not self._draining.is_set():
+            chunk = await subscription.take()  # a heartbeat at the latest
+            if subscription.too_slow:
+                return "too_slow"
+            await _send(send, chunk)
+            if asyncio.get_running_loop().time() >= ends_at:
+                return "age"
+        return "shutdown"
 
     async def _begin(self, send: Send) -> Subscription:
         """Send what the reader has missed, until this process has the rest in memory."""
@@ -97,21 +109,27 @@ class ChangeStream:
         await _send(send, b"retry: %d\n\n" % RETRY_MS + first)
         while (subscription := feed.subscribe(cursor)) is None:
             page = await feed.read(cursor, PAGE)
-            cursor = Cursor.parse(page.next)
-            await _send(send, b"".join(event.encoded for event in encode_changes(page.items)))
+            if page.items:
+                cursor = Cursor.parse(page.next)
+                await _send(send, b"".join(event.encoded for event in encode_changes(page.items)))
+            else:
+                # The reader comes from a process that is ahead of this one.
+                await asyncio.sleep(INTERVAL)
         # Only now: `through` promises that all before it was sent.
         subscription.put(feed.heartbeat())
         return subscription
 
 
-async def _send(send: Send, chunk: bytes, *, more: bool = True) -> bool:
-    """Send a chunk; False if the reader did not take it in time."""
+class _TooSlow(Exception):
+    """The reader did not take in time what was sent to it."""
+
+
+async def _send(send: Send, chunk: bytes, *, more: bool = True) -> None:
     try:
         async with asyncio.timeout(SEND_TIMEOUT):
             await send(HTTPResponseBodyEvent(type="http.response.body", body=chunk, more_body=more))
-    except TimeoutError:
-        return False
-    return True
+    except TimeoutError as error:
+        raise _TooSlow from error
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -16,7 +16,7 @@ from litestar.response.base import ASGIResponse
 from sqlalchemy.ext.asyncio import AsyncConnection
 from user_service_schemas import FieldError
 
-from ..errors import IdempotencyInProgress, IdempotencyKeyReused, Invalid
+from ..errors import IdempotencyInProgress, IdempotencyKeyReused, Invalid, ServiceError
 from ..metrics import Metrics
 from ..settings import Settings
 from ..storage import recorded_answers
@@ -108,14 +108,22 @@ class Idempotency:
             )
         caller = "anonymous"
         digests = [_digest(secret, request, await request.body()) for secret in self._secrets]
-        async with self._database.reading() as connection:
-            answer = await recorded_answers.find(connection, caller, key)
+        answer = await self._find(caller, key)
         if answer is None:
             try:
                 return render(await work(_Recording(caller, key, digests[0], render)))
             except AlreadyAnswered as already:
                 answer = already.answer
+            except ServiceError:
+                # What refuses it may be what the first request has done, as a new password does.
+                answer = await self._find(caller, key)
+                if answer is None:
+                    raise
         return self._replay(answer, digests)
+
+    async def _find(self, caller: str, key: str) -> RecordedAnswer | None:
+        async with self._database.reading() as connection:
+            return await recorded_answers.find(connection, caller, key)
 
     async def prune(self) -> int:
         """Delete a batch of answers that are no longer kept; returns how many."""
