@@ -88,7 +88,7 @@ class Metrics:
         )
         self.streams_ended = Counter(
             "user_service_streams_ended",
-            "Streams ended: by the client, age, shutdown, too slow a reader, no Postgres (interrupted).",
+            "Streams ended: client, age, shutdown, too_slow, interrupted (no Postgres).",
             ["reason"],
             registry=self.registry,
         )

@@ -82,7 +82,15 @@ async def renew_epoch(settings: Settings) -> str:
         with translated():
             async with engine.begin() as connection:
                 epoch = _new_epoch()
-                await connection.execute(update(service_state).values(epoch=epoch))
+                # With the generation, since writes under way have announced themselves under the
+                # old epoch: until they have ended, nothing is cached.
+                await connection.execute(
+                    update(service_state).values(
+                        epoch=epoch,
+                        generation=service_state.c.generation + 1,
+                        raised_at=func.clock_timestamp(),
+                    )
+                )
                 return epoch
     finally:
         await engine.dispose()
