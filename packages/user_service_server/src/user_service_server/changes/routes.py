@@ -32,7 +32,19 @@ def changes_router(
             ErrorCode.INVALID_CURSOR,
             description="Nothing is skipped, and for one user nothing is out of order. Go on with"
             " `next`, also when there was nothing yet.",
-            query={"after": "The `position` or `next` to go on from."},
+            parameters=[
+                {
+                    "name": "after",
+                    "in": "query",
+                    "schema": {"type": "string"},
+                    "description": "The `position` or `next` to go on from.",
+                },
+                {
+                    "name": "limit",
+                    "in": "query",
+                    "schema": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100},
+                },
+            ],
         ),
     )
     async def list_changes(
@@ -52,6 +64,14 @@ def changes_router(
             " which time the feed is complete), `reset` (the cursor is of another epoch, or older"
             " than what is kept). Goes on from `Last-Event-ID`.",
             media_type="text/event-stream",
+            parameters=[
+                {
+                    "name": "Last-Event-ID",
+                    "in": "header",
+                    "schema": {"type": "string"},
+                    "description": "The id of the last event that was taken.",
+                }
+            ],
         ),
     )
     async def stream_changes(request: HTTPRequest) -> ChangeStream:

@@ -28,6 +28,7 @@ def credentials_router(credentials: Credentials, idempotency: Idempotency) -> Ro
             body=PasswordUpdate,
             example={"password": "Another-Pass-456"},
             writes_document=True,
+            etag=False,
             description="With `current_password`, only if that is the current one.",
         ),
     )

@@ -27,6 +27,7 @@ def devices_router(devices: Devices, documents: Documents, idempotency: Idempote
             "List a user's devices, newest registration first",
             tuple[DeviceDetails, ...],
             ErrorCode.USER_NOT_FOUND,
+            etag=True,
         ),
     )
     async def list_devices(user_id: FromPath[str]) -> ASGIResponse:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import msgspec
@@ -72,7 +73,7 @@ def documents_answer(
 
 def error_answer(error: ServiceError, *, request_id: str, accept: str = "") -> Response[bytes]:
     """Answer with an error, in the envelope or as RFC 9457 has it, as the caller accepts."""
-    if Accept(accept).best_match([JSON, PROBLEM_JSON], default=JSON) == PROBLEM_JSON:
+    if _accepts_problem(accept):
         media_type = PROBLEM_JSON
         body = _encode(
             Problem(
@@ -91,3 +92,10 @@ def error_answer(error: ServiceError, *, request_id: str, accept: str = "") -> R
         body = _encode(Envelope[None](success=False, data=None, message=error.shown, error=failed))
     headers = dict([NO_STORE, ("Vary", "Accept"), *error.headers])
     return Response(body, status_code=error.status, media_type=media_type, headers=headers)
+
+
+def _accepts_problem(accept: str) -> bool:
+    # Of a weight such as 1e999, Litestar's reading raises: then nobody said what they accept.
+    with contextlib.suppress(ValueError, OverflowError):
+        return Accept(accept).best_match([JSON, PROBLEM_JSON], default=JSON) == PROBLEM_JSON
+    return False

@@ -107,8 +107,7 @@ def _parameters(path: str, op: Operation) -> Iterator[dict[str, Any]]:
             "schema": {"type": "string"},
             "description": "`next_cursor` of the page before.",
         }
-    for name, meaning in op.query.items():
-        yield {"name": name, "in": "query", "schema": {"type": "string"}, "description": meaning}
+    yield from map(dict, op.parameters)
     if op.reads_document:
         yield _header("If-None-Match", "An ETag; 304 if the document still has it.")
         yield _header(
@@ -126,20 +125,19 @@ def _header(name: str, description: str, type_: str = "string") -> dict[str, Any
 
 
 def _responses(op: Operation, schema_of: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    tagged = op.reads_document or op.writes_document
     for status, type_ in op.answers.items():
         data = schema_of[repr(type_)]
         response: dict[str, Any] = {
             "description": op.summary,
             "content": {
                 op.media_type: {
-                    "schema": _envelope(True, data, {"type": "null"})
+                    "schema": _envelope(status < 400, data, {"type": "null"})
                     if op.media_type == JSON
                     else {"type": "string"}
                 }
             },
         }
-        if tagged:
+        if op.etag:
             response["headers"] = {"ETag": {"schema": {"type": "string"}}}
         yield str(status), response
     if op.reads_document:
@@ -148,7 +146,9 @@ def _responses(op: Operation, schema_of: Mapping[str, Any]) -> Iterator[tuple[st
     if op.body:
         codes += _WITH_BODY
     if op.page:
-        codes += [ErrorCode.INVALID_CURSOR, ErrorCode.VALIDATION_FAILED]
+        codes.append(ErrorCode.INVALID_CURSOR)
+    if op.page or any(parameter["in"] == "query" for parameter in op.parameters):
+        codes.append(ErrorCode.VALIDATION_FAILED)
     if op.reads_document:
         codes.append(ErrorCode.VALIDATION_FAILED)
     if op.writes_document:
@@ -163,6 +163,8 @@ def _responses(op: Operation, schema_of: Mapping[str, Any]) -> Iterator[tuple[st
     for code in dict.fromkeys(codes):
         by_status[STATUS_OF[code]].append(code)
     for status, same in sorted(by_status.items()):
+        if status in op.answers:
+            continue
         error = {"$ref": _REFS.format(name="Error")}
         yield (
             str(status),

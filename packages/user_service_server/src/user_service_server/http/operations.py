@@ -28,15 +28,17 @@ class Operation(Struct, frozen=True, kw_only=True):
     example: Any
     """A body that works in "Try it out"."""
     reads_document: bool
-    """Takes `If-None-Match` and `X-Min-Version`, gives `ETag`."""
+    """Takes `If-None-Match` and `X-Min-Version`."""
     writes_document: bool
-    """Takes `If-Match`, gives `ETag`."""
+    """Takes `If-Match`."""
+    etag: bool
+    """Gives `ETag`."""
     is_write: bool
     """Takes `Idempotency-Key`."""
     page: bool
     """Takes `limit` and `cursor`."""
-    query: Mapping[str, str]
-    """Other query parameters, with what they mean."""
+    parameters: Sequence[Mapping[str, Any]]
+    """Other parameters, as OpenAPI has them."""
     media_type: str
     """Of a success: JSON is in the envelope, anything else is not."""
 
@@ -58,7 +60,8 @@ def operation(
     writes_document: bool = False,
     is_write: bool = False,
     page: bool = False,
-    query: Mapping[str, str] | None = None,
+    etag: bool | None = None,
+    parameters: Sequence[Mapping[str, Any]] = (),
     media_type: str = JSON,
 ) -> dict[str, Any]:
     """Return the keyword arguments of a route's decorator."""
@@ -76,7 +79,8 @@ def operation(
         writes_document=writes_document,
         is_write=is_write or writes_document,
         page=page,
-        query=query or {},
+        etag=reads_document or writes_document if etag is None else etag,
+        parameters=parameters,
         media_type=media_type,
     )
     return {

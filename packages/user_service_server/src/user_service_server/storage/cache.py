@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import secrets
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -261,6 +262,9 @@ def _is_ok(reply: object) -> bool:
     return reply in (True, b"OK")
 
 
+_DOCUMENT = re.compile(rb"D([0-9]{1,18})\n")
+
+
 def _encode(document: StoredDocument) -> bytes:
     return b"D%d\n%b" % (document.version, document.body)
 
@@ -268,7 +272,7 @@ def _encode(document: StoredDocument) -> bytes:
 def _parse(value: object) -> StoredDocument | Absence:
     if value is None:
         return MISS
-    if not isinstance(value, bytes) or value[:1] != b"D":
+    found = _DOCUMENT.match(value) if isinstance(value, bytes) else None
+    if found is None:
         return BYPASS
-    version, _, body = value[1:].partition(b"\n")
-    return StoredDocument(version=int(version), body=body)
+    return StoredDocument(version=int(found[1]), body=found.string[found.end() :])

@@ -19,6 +19,9 @@ from ..settings import Settings, database_engine_arguments
 TRANSACTION_TIMEOUT = 8.0
 """Seconds a write may take from its announcement to its commit: less than a marker lives."""
 
+COMMAND_TIMEOUT = 5.0
+"""Seconds that Postgres may take for a statement, or a commit."""
+
 _SESSION = {
     "application_name": "user-service",
     "timezone": "UTC",
@@ -46,14 +49,16 @@ _GONE = (
 )
 
 
-def create_engine(settings: Settings, pool_size: int) -> AsyncEngine:
+def create_engine(
+    settings: Settings, pool_size: int, command_timeout: float | None = COMMAND_TIMEOUT
+) -> AsyncEngine:
     """Make an engine with `pool_size` connections; it connects when first used."""
     url, connect_args = database_engine_arguments(settings.database_url)
     engine = create_async_engine(
         url,
         connect_args={
             "timeout": 2.0,
-            "command_timeout": 6.0,
+            "command_timeout": command_timeout,
             "server_settings": _SESSION,
             **connect_args,
         },

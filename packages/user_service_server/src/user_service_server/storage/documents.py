@@ -26,9 +26,10 @@ T = TypeVar("T")
 UNKNOWN_FOR = 5.0
 """Seconds for which a process remembers that an id is nobody's."""
 MAX_UNKNOWN = 10_000
-CONCLUSION_TIMEOUT = 3.0
-"""Seconds from the look at the generation to the commit: with the 5 s for which a raise counts,
-less than nothing is filled after one (`state.QUIET`)."""
+CONCLUSION_TIMEOUT = 2.0
+"""Seconds from the look at the generation to the commit. With the 3 s for which a raise counts for
+others, and the 5 s that a commit may take (`database.COMMAND_TIMEOUT`), no more than the time in
+which nothing is filled after a raise (`state.QUIET`)."""
 
 # A new user has its version already, and a password's is no change of the document.
 _WITHOUT_STEP = frozenset({ChangeKind.USER_CREATED, ChangeKind.PASSWORD_UPDATED})
@@ -51,7 +52,7 @@ _CONCLUDE = text("""
     ), left_behind AS (
         UPDATE service_state SET generation = generation + 1, raised_at = clock_timestamp()
         WHERE (NOT CAST(:announced AS boolean) OR generation <> CAST(:generation AS bigint))
-            AND raised_at < clock_timestamp() - interval '5 s'
+            AND raised_at < clock_timestamp() - interval '3 s'
         RETURNING generation
     )
     SELECT coalesce((SELECT generation FROM left_behind), (SELECT generation FROM service_state))
@@ -95,7 +96,7 @@ class Write:
         self.connection = connection
         self._user_id = user_id
         self._recorder = recorder
-        self._concluded = False
+        self.concluded = False
         self._documents = documents
         self._announcement = documents.cache.announcement()
         self._generation = self._announcement.generation
@@ -170,7 +171,7 @@ class Write:
             )
             value = result()
             await self._recorder.record(self.connection, self._user_id, value)
-        self._concluded = True
+        self.concluded = True
         return value
 
     async def _raise_versions(self) -> None:
@@ -192,8 +193,6 @@ class Write:
 
         After a commit whose outcome is unknown, the marker stays until it expires.
         """
-        if not self._concluded:
-            raise RuntimeError("a write must be concluded")
         try:
             with translated():
                 await self.connection.commit()
@@ -249,7 +248,7 @@ class Documents:
             UserNotFound: there is no such user.
             DependencyUnavailable: it is not cached, and Postgres cannot be reached.
         """
-        if self._unknown and self._is_unknown(user_id):
+        if not min_version and self._is_unknown(user_id):
             raise UserNotFound
         cached = await self.cache.get(user_id)
         if isinstance(cached, StoredDocument):
@@ -315,6 +314,9 @@ class Documents:
             if isinstance(error, TimeoutError):
                 raise Overloaded from error
             raise
+        if not write.concluded:
+            await self._to_the_end(write.abandon())
+            raise RuntimeError("a write must be concluded")
         await self._to_the_end(write.commit())
 
     async def _to_the_end(self, ending: Coroutine[Any, Any, None]) -> None:
@@ -337,17 +339,17 @@ class Documents:
         return await asyncio.shield(flight)
 
     def _landed(self, user_id: str, flight: asyncio.Task[StoredDocument | None]) -> None:
+        found = flight.cancelled() or flight.exception() or flight.result()
         if self._flights.get(user_id) is flight:
             del self._flights[user_id]
-        if not flight.cancelled():
-            flight.exception()  # whoever waited has it; a flight that nobody joined is no warning
+            if found is None:
+                self._remember_unknown(user_id)
 
     async def _load(self, user_id: str, fill: bool) -> StoredDocument | None:
         leases = await self.cache.lease([user_id]) if fill else {}
         async with self._database.reading() as connection:
             found = await self.shape.read_by_id(connection, [user_id])
         if user_id not in found:
-            self._remember_unknown(user_id)
             return None
         document = found[user_id].stored()
         self._fill({user_id: document} if leases else {}, leases)

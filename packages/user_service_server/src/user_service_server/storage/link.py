@@ -23,6 +23,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from ..logs import describe
 from ..settings import Settings
 
 PROBE_INTERVAL = 0.1
@@ -174,7 +175,11 @@ class RedisLink:
 
     async def _answer(self, asked: Sequence[_Asked]) -> None:
         commands = [command for some, _ in asked for command in some]
-        replies = iter(await self._run_all(commands))
+        try:
+            replies = iter(await self._run_all(commands))
+        except Exception as error:  # noqa: BLE001 - whatever it is, nobody may wait without end
+            _log.error("redis.failed", **describe(error))
+            replies = iter([UNREACHABLE] * len(commands))
         for some, future in asked:
             answer = list(islice(replies, len(some)))
             if not future.done():

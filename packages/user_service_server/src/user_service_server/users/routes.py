@@ -175,6 +175,7 @@ def users_router(users: Users, documents: Documents, idempotency: Idempotency) -
             None,
             ErrorCode.USER_NOT_FOUND,
             writes_document=True,
+            etag=False,
             description="Personal data is gone; that the id existed stays.",
         ),
     )

@@ -51,7 +51,8 @@ async def run(settings: Settings, action: Callable[[Config], None]) -> None:
         action(config)
         connection.commit()
 
-    engine = create_engine(settings, pool_size=1)
+    # An index takes as long as it takes.
+    engine = create_engine(settings, pool_size=1, command_timeout=None)
     try:
         with translated():
             async with engine.connect() as connection:
