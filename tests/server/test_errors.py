@@ -120,6 +120,7 @@ async def test_each_request_has_an_id_of_its_own(http: httpx.AsyncClient) -> Non
         ("Application/Problem+JSON", PROBLEM_JSON),
         (f"{PROBLEM_JSON}, application/json;q=0.5", PROBLEM_JSON),
         (f"application/json, {PROBLEM_JSON};q=0", "application/json"),
+        (f"{PROBLEM_JSON};q=1e999", "application/json"),
     ],
 )
 async def test_a_caller_gets_the_form_of_errors_that_it_accepts(

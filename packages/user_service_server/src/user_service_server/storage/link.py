@@ -21,7 +21,7 @@ from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisClusterException, RedisError
 
 from ..logs import describe
 from ..settings import Settings
@@ -48,7 +48,8 @@ class Unreachable(Enum):
 
 
 UNREACHABLE: Final = Unreachable.UNREACHABLE
-_FAILURES = (RedisError, OSError, TimeoutError)
+# Of the cluster's, not all are Redis errors.
+_FAILURES = (RedisError, RedisClusterException, OSError, TimeoutError)
 _IDENTITY = re.compile(rb"^(run_id|master_replid):(\w+)", re.MULTILINE)
 
 
@@ -110,7 +111,6 @@ class RedisLink:
             "retry": Retry(NoBackoff(), 0),
             "max_connections": 256,
             "protocol": 2,
-            "redis_connect_func": self._greet,
         }
         self._client: Redis | RedisCluster
         if settings.redis_cluster:
@@ -118,8 +118,16 @@ class RedisLink:
             self._client = RedisCluster.from_url(
                 settings.redis_url, require_full_coverage=False, **options
             )
+            # What its connections are made with, now and later; the constructor does not take it.
+            for made_with in (
+                self._client.connection_kwargs,
+                *(node.connection_kwargs for node in self._client.startup_nodes),
+            ):
+                made_with["redis_connect_func"] = self._greet
         else:
-            self._client = Redis.from_url(settings.redis_url, **options)
+            self._client = Redis.from_url(
+                settings.redis_url, redis_connect_func=self._greet, **options
+            )
 
     @property
     def reachable(self) -> bool:
@@ -258,7 +266,7 @@ class RedisLink:
         if isinstance(self._client, Redis):
             return _ONLY
         key = command[3] if command[0] == "EVAL" else command[1]
-        with contextlib.suppress(RedisError):
+        with contextlib.suppress(RedisError, RedisClusterException):
             if node := self._client.get_node_from_key(key):
                 return str(node.name)
         return _ONLY
