@@ -170,7 +170,7 @@ class Someone:
         if value is None:
             return "nothing"
         head = value.split(b"\n")[0].decode()
-        return f"version {head[1:]}" if head[:1] == "D" else "lease"
+        return f"version {head[1:].split()[0]}" if head[:1] == "D" else "lease"
 
     async def evict(self) -> None:
         key = await self.key()

@@ -14,8 +14,8 @@ from ..engines import open_dir
 from ..servers import Server
 from .traffic import register
 
-LATE = 0.075
-"""Seconds that each answer of Redis is held back: within what one call of it may take."""
+LATE = 0.035
+"""Seconds that each answer of Redis is held back: within the 0.050 that one call may take."""
 MOST = 0.150
 """Seconds that a request may take because of Redis (issue 2, point 6)."""
 
@@ -78,6 +78,6 @@ async def test_no_request_waits_for_a_slow_redis_once_for_each_call(
                     took.append(time.monotonic() - began)
             await asyncio.to_thread(server.kill)
         server.log.unlink()
-    # The quickest of each kind: the others may have met a busy machine.
-    assert min(took[0::2]) < MOST
-    assert min(took[1::2]) < MOST
+    # The quickest of each kind that asked Redis: others may have met a busy machine.
+    for kind in (took[0::2], took[1::2]):
+        assert min(seconds for seconds in kind if seconds > LATE) < MOST

@@ -27,6 +27,9 @@ BODY = "body"
 MAX_ERRORS = 100
 """How many bad fields are named: a body can have more than anybody reads."""
 
+_Place = tuple["_Place | None", object]
+"""Where a value stands: where what it stands in stands, and its name or number there."""
+
 _UNCLEAN = object()
 """In the place of a string with forbidden characters: it fits no type."""
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -58,7 +61,7 @@ def convert_request(raw: object, type_: type[T]) -> T:
         RuleViolation: `details` names every bad field, up to `MAX_ERRORS`; `valid` has the others.
     """
     unclean: list[FieldError] = []
-    cleaned = _clean(raw, "", unclean)
+    cleaned = _clean(raw, None, unclean)
     if not unclean:
         try:
             return msgspec.convert(cleaned, type_)
@@ -69,24 +72,32 @@ def convert_request(raw: object, type_: type[T]) -> T:
     raise RuleViolation(*islice(bad.values(), MAX_ERRORS), valid=_valid(cleaned, type_))
 
 
-def _clean(value: object, path: str, unclean: list[FieldError]) -> object:
+def _clean(value: object, place: _Place | None, unclean: list[FieldError]) -> object:
     """Return `value` with its strings trimmed, noting those with forbidden characters."""
     if isinstance(value, str):
         trimmed = value.strip()
         if _CONTROL.search(trimmed):
             if len(unclean) < MAX_ERRORS:
                 message = "Control characters are refused."
-                unclean.append(FieldError(field=path or BODY, message=message))
+                unclean.append(FieldError(field=_path(place) or BODY, message=message))
             return _UNCLEAN
         return trimmed
     if isinstance(value, list):
-        return [_clean(item, f"{path}[{i}]", unclean) for i, item in enumerate(value)]
+        return [_clean(item, (place, i), unclean) for i, item in enumerate(value)]
     if isinstance(value, dict):
         return {
-            key: item if key in VERBATIM else _clean(item, _join(path, key), unclean)
+            key: item if key in VERBATIM else _clean(item, (place, key), unclean)
             for key, item in value.items()
         }
     return value
+
+
+def _path(place: _Place | None) -> str:
+    """Return the path of a place. It is made of few places only: a body can have many."""
+    if place is None:
+        return ""
+    above, name = place
+    return f"{_path(above)}[{name}]" if isinstance(name, int) else _join(_path(above), name)
 
 
 def _valid(value: object, type_: Any) -> object:

@@ -75,9 +75,14 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
     devices = Devices(settings, database, documents)
 
     feed = ChangeFeed(settings, database, state, metrics)
-    upkeep = Upkeep({"changes": feed.prune, "recorded_answers": idempotency.prune})
+    upkeep = Upkeep(
+        {
+            "changes": feed.prune,
+            "recorded_answers": idempotency.prune,
+            "devices": devices.prune,
+        }
+    )
 
-    metrics.stream_subscribers.set_function(lambda: feed.subscribers)
     metrics.redis_reachable.set_function(lambda: link.reachable)
     metrics.postgres_reachable.set_function(lambda: database.reachable)
     metrics.passwords_waiting.set_function(lambda: passwords.waiting)

@@ -6,6 +6,12 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 
+import structlog
+
+from .logs import describe
+
+_log = structlog.get_logger()
+
 
 class Periodic:
     """Runs a function every `interval()` seconds until it is stopped.
@@ -32,7 +38,10 @@ class Periodic:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), self._interval())
                 return
-            await self._work()
+            try:
+                await self._work()
+            except Exception as error:  # noqa: BLE001 - what ended here would end in silence
+                _log.error("periodic.failed", work=self._name, **describe(error))
 
     @property
     def stopping(self) -> bool:

@@ -7,6 +7,7 @@ import gc
 import resource
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol, cast
@@ -22,6 +23,7 @@ _BACKLOG = 1024
 # Granian's limit on reading headers also ends idle connections. Load balancers keep theirs for
 # 60 s, and the side that reuses connections must be the first to close them.
 _IDLE_TIMEOUT_MS = 75_000
+USER_TIMEOUT_MS = 20_000
 _MAX_HEADER_BYTES = 64 * 1024
 # Granian counts connections, idle ones included; past it they wait in the kernel's queue.
 _MAX_CONNECTIONS = 16_384
@@ -60,6 +62,10 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         # A restart need not wait for connections of the last run to be forgotten.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if sys.platform == "linux":
+            # Accepted sockets inherit it: a peer that takes nothing for so long is gone. Without
+            # it, a stream that was cut off would hold its socket, and the end of the server.
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
         listener.setblocking(False)
         listener.bind(address)
     except OSError as error:

@@ -65,7 +65,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         bool, Meta(description="whether a registration needs a password")
     ] = True
     max_active_devices: Annotated[
-        int, Meta(ge=1, le=1000, description="active devices of one user")
+        int, Meta(ge=1, le=100, description="active devices of one user")
     ] = 20
     device_retention_days: Annotated[
         int, Meta(ge=1, le=3650, description="days until an inactive device is erased")
@@ -91,7 +91,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 200
     startup_timeout: Annotated[
         float,
-        Meta(ge=0, le=3600, description="seconds the start waits for PostgreSQL and Redis"),
+        Meta(ge=0, le=3600, description="seconds the start waits for PostgreSQL"),
     ] = 60.0
     shutdown_grace: Annotated[
         float, Meta(ge=0, le=3600, description="seconds served after SIGTERM, while not ready")

@@ -15,7 +15,7 @@ _SEQUENCER = 0x75736663  # "usfc": one sequencer at a time
 
 _FEED_STATE = text("""
     SELECT last_position, pruned_position, complete_through, clock_timestamp() AS now,
-        (SELECT min(at) FROM changes WHERE position IS NULL) AS oldest_waiting
+        EXISTS (SELECT FROM changes WHERE position IS NULL) AS is_waiting
     FROM change_feed
 """)
 _TRY_LOCK = text(f"SELECT pg_try_advisory_xact_lock({_SEQUENCER})")
@@ -70,8 +70,8 @@ class FeedState(NamedTuple):
     pruned_position: int
     complete_through: datetime
     now: datetime
-    oldest_waiting: datetime | None
-    """When the oldest change that has no position yet was made."""
+    is_waiting: bool
+    """Whether there are changes that have no position yet."""
 
 
 async def read_feed_state(connection: AsyncConnection) -> FeedState:

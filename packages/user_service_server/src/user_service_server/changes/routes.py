@@ -76,12 +76,14 @@ def changes_router(
     )
     async def stream_changes(request: HTTPRequest) -> ChangeStream:
         last = request.headers.get("last-event-id")
-        return ChangeStream(
+        stream = ChangeStream(
             feed,
             Cursor.parse(last) if last else None,
             max_life=settings.stream_max_life,
             draining=draining,
             metrics=metrics,
         )
+        await stream.open()
+        return stream
 
     return Router("/changes", route_handlers=[list_changes, stream_changes])

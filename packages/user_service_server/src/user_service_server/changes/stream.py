@@ -50,9 +50,18 @@ class ChangeStream:
     ) -> None:
         self._feed = feed
         self._cursor = cursor
+        self._reason: str | None = None
         self._life = max_life * random.uniform(0.8, 1.2)  # noqa: S311 - no secret
         self._draining = draining
         self._ended = metrics.streams_ended
+
+    async def open(self) -> None:
+        """See whether the reader can go on from its cursor.
+
+        Raises:
+            DependencyUnavailable, Overloaded: nobody can tell now.
+        """
+        self._reason = await self._feed.why_not(self._cursor) if self._cursor else None
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
         """Stream until something ends it."""
@@ -101,9 +110,9 @@ class ChangeStream:
         if cursor is None:
             cursor = feed.end
             first = encode_event("ready", feed.completeness(), cursor)
-        elif reason := await feed.why_not(cursor):
+        elif self._reason:
             cursor = feed.end
-            first = encode_event("reset", Reset(reason=reason), cursor)
+            first = encode_event("reset", Reset(reason=self._reason), cursor)
         else:
             first = b""
         await _send(send, b"retry: %d\n\n" % RETRY_MS + first)

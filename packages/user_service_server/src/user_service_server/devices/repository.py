@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Row, and_, delete, func, insert, not_, or_, select, text, update
+from sqlalchemy import (
+    ColumnElement,
+    Row,
+    and_,
+    delete,
+    func,
+    insert,
+    not_,
+    or_,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncConnection
 from user_service_schemas import DeviceDetails, RegisterDevice
 
@@ -107,13 +119,18 @@ async def renew_device(
 ) -> Row[Any]:
     """Note what an app says of its known token; `anew` if it becomes active by that."""
     now = func.clock_timestamp()
+    values = _registered(request)
+    if not request.active:
+        # One that is off already stays so, for the reason and since the time that it is.
+        values["inactive_reason"] = func.coalesce(devices.c.inactive_reason, "deactivated")
+        values["deactivated_at"] = func.coalesce(devices.c.deactivated_at, now)
     renewed = await connection.execute(
         update(devices)
         .where(devices.c.id == device_id)
         .values(
             last_seen_at=now,
             registered_at=now if anew else devices.c.registered_at,
-            **_registered(request),
+            **values,
         )
         .returning(*devices.c)
     )
@@ -182,9 +199,25 @@ async def prune(connection: AsyncConnection, user_id: str, retention_days: int) 
         .order_by(devices.c.active.desc(), devices.c.deactivated_at.desc(), devices.c.id)
         .offset(MAX_DEVICES)
     )
-    age = text("make_interval(days => :days)").bindparams(days=retention_days)
-    old = devices.c.deactivated_at < func.clock_timestamp() - age
+    old = _is_old(retention_days)
     await connection.execute(delete(devices).where(inactive, or_(old, devices.c.id.in_(beyond))))
+
+
+async def prune_all(connection: AsyncConnection, retention_days: int, limit: int) -> int:
+    """Delete up to `limit` devices, of anybody, that are inactive for long; returns how many."""
+    old = (
+        select(devices.c.id)
+        .where(_is_old(retention_days))
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    deleted = await connection.execute(delete(devices).where(devices.c.id.in_(old)))
+    return deleted.rowcount
+
+
+def _is_old(retention_days: int) -> ColumnElement[bool]:
+    age = text("make_interval(days => :days)").bindparams(days=retention_days)
+    return devices.c.deactivated_at < func.clock_timestamp() - age
 
 
 async def erase(connection: AsyncConnection, user_id: str) -> None:

@@ -21,6 +21,8 @@ from ..storage.document import EntityTags
 from ..storage.documents import UNRECORDED, Documents, Recorder, Write
 from . import repository
 
+PRUNED_AT_ONCE = 1000
+
 
 class Registration(NamedTuple):
     """What became of a token: its device, the user's version, and whether it is new to the user."""
@@ -137,6 +139,11 @@ class Devices:
             await repository.delete_device(write.connection, device_id)
             write.changed(user_id, ChangeKind.DEVICE_REMOVED)
             return await write.conclude(lambda: write.document.version)
+
+    async def prune(self) -> int:
+        """Delete a batch of devices that are inactive for long; returns how many."""
+        async with self._database.reading() as connection:
+            return await repository.prune_all(connection, self._retention_days, PRUNED_AT_ONCE)
 
     async def _bound(self, write: Write, user_id: str, row: Row[Any]) -> None:
         """Hold the user to the caps after `row` was switched on or off, or added."""

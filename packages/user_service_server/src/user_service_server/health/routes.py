@@ -7,10 +7,10 @@ import time
 
 from litestar import Router, get
 from litestar.response.base import ASGIResponse
-from user_service_schemas import Dependency, ErrorCode, Health, Probe
+from user_service_schemas import Dependency, Error, ErrorCode, Health, Probe
 
 from ..errors import ServiceError
-from ..http.answers import answer
+from ..http.answers import HTTPRequest, answer
 from ..http.operations import operation
 from ..metrics import CONTENT_TYPE, Metrics
 from ..storage.database import Database
@@ -21,6 +21,9 @@ from ..storage.state import StateWatcher
 class NotReady(ServiceError):
     code = ErrorCode.OVERLOADED
     message = "The service is shutting down."
+
+    def __init__(self) -> None:
+        super().__init__(headers=[("Retry-After", "1")])
 
 
 def health_router(
@@ -41,7 +44,7 @@ def health_router(
             {200: Health, 503: Health},
         ),
     )
-    async def get_health() -> ASGIResponse:
+    async def get_health(request: HTTPRequest) -> ASGIResponse:
         began = time.perf_counter()
         _, redis_is_up = await asyncio.gather(state.look(), link.ping())
         redis_latency = time.perf_counter() - began if redis_is_up else None
@@ -60,7 +63,7 @@ def health_router(
             health,
             f"The service is {status}",
             status=200 if postgres_is_up else 503,
-            success=postgres_is_up,
+            error=None if postgres_is_up else _unavailable(request),
         )
 
     @get("/health/live", **operation("get_liveness", "Whether the process runs", Probe))
@@ -92,6 +95,12 @@ def metrics_router(metrics: Metrics) -> Router:
         return ASGIResponse(body=metrics.render(), media_type=CONTENT_TYPE)
 
     return Router("/", route_handlers=[get_metrics])
+
+
+def _unavailable(request: HTTPRequest) -> Error:
+    return Error(
+        code=ErrorCode.DEPENDENCY_UNAVAILABLE, request_id=request.scope["state"]["request_id"]
+    )
 
 
 def _dependency(latency: float | None) -> Dependency:

@@ -33,10 +33,10 @@ def answer(
     status: int = 200,
     headers: Sequence[Header] = (),
     cache: Header = NO_STORE,
-    success: bool = True,
+    error: Error | None = None,
 ) -> ASGIResponse:
     """Answer with `data` in the envelope. `msgspec.Raw` is put in as it is."""
-    envelope = Envelope(success=success, data=data, message=message, error=None)
+    envelope = Envelope(success=error is None, data=data, message=message, error=error)
     return ASGIResponse(
         body=_encode(envelope), status_code=status, media_type=JSON, headers=[cache, *headers]
     )

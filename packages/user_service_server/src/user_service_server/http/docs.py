@@ -78,5 +78,7 @@ async def get_docs_file(name: FromPath[str]) -> ASGIResponse:
 @get("/openapi.json", include_in_schema=False)
 async def get_openapi(request: HTTPRequest) -> ASGIResponse:
     """Serve the OpenAPI document."""
-    document = openapi_document(request.app, request.app.state.version)
-    return ASGIResponse(body=msgspec.json.encode(document), media_type=JSON)
+    state = request.app.state
+    if "openapi" not in state:
+        state.openapi = msgspec.json.encode(openapi_document(request.app, state.version))
+    return ASGIResponse(body=state.openapi, media_type=JSON)

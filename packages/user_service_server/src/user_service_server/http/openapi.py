@@ -20,6 +20,8 @@ from .answers import JSON, PROBLEM_JSON
 from .operations import Operation
 
 _REFS = "#/components/schemas/{name}"
+_NULL = {"type": "null"}
+_ERROR = {"$ref": _REFS.format(name="Error")}
 _ANYWHERE = (ErrorCode.INTERNAL_ERROR, ErrorCode.DEPENDENCY_UNAVAILABLE, ErrorCode.OVERLOADED)
 _WITH_BODY = (
     ErrorCode.MALFORMED_JSON,
@@ -131,7 +133,7 @@ def _responses(op: Operation, schema_of: Mapping[str, Any]) -> Iterator[tuple[st
             "description": op.summary,
             "content": {
                 op.media_type: {
-                    "schema": _envelope(status < 400, data, {"type": "null"})
+                    "schema": _envelope(status < 400, data, _NULL if status < 400 else _ERROR)
                     if op.media_type == JSON
                     else {"type": "string"}
                 }
@@ -165,13 +167,12 @@ def _responses(op: Operation, schema_of: Mapping[str, Any]) -> Iterator[tuple[st
     for status, same in sorted(by_status.items()):
         if status in op.answers:
             continue
-        error = {"$ref": _REFS.format(name="Error")}
         yield (
             str(status),
             {
                 "description": ", ".join(f"`{code}`" for code in same),
                 "content": {
-                    JSON: {"schema": _envelope(False, {"type": "null"}, error)},
+                    JSON: {"schema": _envelope(False, _NULL, _ERROR)},
                     PROBLEM_JSON: {"schema": {"$ref": _REFS.format(name="Problem")}},
                 },
             },

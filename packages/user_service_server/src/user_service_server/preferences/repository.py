@@ -72,7 +72,7 @@ async def read_history(
     h = preference_history.c
     statement = (
         select(preference_history)
-        .where(h.user_id == user_id, h.id < before if before else h.id.is_not(None))
+        .where(h.user_id == user_id, h.id < before if before is not None else h.id.is_not(None))
         .order_by(h.id.desc())
         .limit(limit)
     )

@@ -100,7 +100,7 @@ def preferences_router(
     ) -> ASGIResponse:
         position = decode_cursor("history", cursor, "[0-9]{1,18}")
         found = await preferences.history(
-            user_id_of(user_id), int(position) if position else None, limit + 1
+            user_id_of(user_id), None if position is None else int(position), limit + 1
         )
         more = len(found) > limit
         page = Page[PreferencesRevision](

@@ -3,7 +3,7 @@
 A write announces itself before it commits; while it is announced nobody caches; after the commit
 the last writer publishes. Under a document's key lies one of
 
-- a document: `D<version>\\n<encoded document>`,
+- a document: `D<version> <format>\\n<encoded document>`,
 - a lease of a reader that is about to fill it: `L<random>`,
 - a marker of writers: a hash of their tokens with the time (ms) until which each counts, and `top`,
   the highest version published so far.
@@ -43,7 +43,17 @@ class Absence(Enum):
 MISS: Final = Absence.MISS
 BYPASS: Final = Absence.BYPASS
 
-# A reader's `SET NX` fails on a marker, and MGET answers nil for it, since it is a hash.
+# MGET answers nil for a marker, since it is a hash. A document of another format is as good as
+# none: the key does not name the format, since a write must be heard by the readers of every one.
+_LEASE = """
+local kind = redis.call('TYPE', KEYS[1]).ok
+if kind ~= 'none' then
+  if kind ~= 'string' then return false end
+  local format = string.match(redis.call('GET', KEYS[1]), '^D%d+ (%w+)')
+  if not format or format == ARGV[3] then return false end
+end
+return redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+"""
 _ANNOUNCE = """
 if redis.call('TYPE', KEYS[1]).ok ~= 'hash' then redis.call('DEL', KEYS[1]) end
 local now = redis.call('TIME')
@@ -94,8 +104,8 @@ class Announcement:
     """What one write has said in the cache: its token, and under which keys.
 
     `generation` is the one it was made under. It is `complete` if all servers took it, and no
-    other generation began in between. One that began in a `quiet` time stores nothing afterwards:
-    in that time others may commit without an announcement, since nothing is cached.
+    other generation began in between. One made in a `quiet` time stores nothing afterwards: in that
+    time others may commit without an announcement, since nothing is cached.
     """
 
     generation: int
@@ -113,7 +123,7 @@ class Outcome(NamedTuple):
 
 
 class DocumentCache:
-    """Documents in Redis under `user-service:{epoch}:{generation}:{format}:{id}`."""
+    """Documents in Redis under `user-service:{epoch}:{generation}:{id}`."""
 
     def __init__(
         self,
@@ -126,7 +136,7 @@ class DocumentCache:
     ) -> None:
         self._link = link
         self._state = state
-        self._format = document_format
+        self._format = document_format.encode()
         self._ttl_ms = ttl * 1000
         self._wanted: dict[str, list[asyncio.Future[StoredDocument | Absence]]] = {}
         self._flushes: set[asyncio.Task[None]] = set()
@@ -162,9 +172,11 @@ class DocumentCache:
         for start in range(0, len(keys), MGET_LIMIT):
             some = keys[start : start + MGET_LIMIT]
             for key, value in zip(some, await self._link.strings(some), strict=True):
-                found = _parse(value)
+                found = self._parse(value)
                 if isinstance(found, StoredDocument):
                     self._hits.inc(len(wanted[key]))
+                elif found is BYPASS:
+                    self._bypasses.inc(len(wanted[key]))
                 for future in wanted[key]:
                     if not future.done():
                         future.set_result(found)
@@ -185,7 +197,7 @@ class DocumentCache:
             return {}
         replies = await self._link.run(
             [
-                ("SET", self._key(user_id), lease, "NX", "PX", LEASE_TTL_MS)
+                _eval(_LEASE, self._key(user_id), lease, LEASE_TTL_MS, self._format)
                 for user_id, lease in leases.items()
             ]
         )
@@ -201,7 +213,7 @@ class DocumentCache:
         """Store what was read, where the reader's lease is still there."""
         replies = await self._link.run(
             [
-                _eval(_FILL, self._key(i), leases[i], _encode(document), self._some_ttl())
+                _eval(_FILL, self._key(i), leases[i], self._encode(document), self._some_ttl())
                 for i, document in documents.items()
             ]
         )
@@ -210,12 +222,13 @@ class DocumentCache:
 
     def announcement(self) -> Announcement:
         """Begin an announcement, which says nothing yet."""
-        return Announcement(self._state.generation, quiet=self._state.quiet)
+        return Announcement(self._state.generation)
 
     async def announce(self, ids: Iterable[str], announcement: Announcement) -> None:
         """Mark that a write is about to change `ids`."""
         keys = {i: self._key(i) for i in ids if i not in announcement.keys}
         announcement.keys |= keys
+        announcement.quiet = announcement.quiet or self._state.quiet
         replies = await self._link.run(
             [_eval(_ANNOUNCE, key, announcement.token, MARKER_TTL_MS) for key in keys.values()]
         )
@@ -234,7 +247,7 @@ class DocumentCache:
             outcome = outcomes.get(user_id)
             version = outcome.version if outcome else ""
             document = outcome.document if outcome and not announcement.quiet else None
-            body = _encode(document) if document else ""
+            body = self._encode(document) if document else ""
             commands.append(
                 _eval(_PUBLISH, key, announcement.token, version, body, self._some_ttl())
             )
@@ -246,7 +259,20 @@ class DocumentCache:
 
     def _key(self, user_id: str) -> str:
         state = self._state
-        return f"user-service:{state.epoch}:{state.generation}:{self._format}:{user_id}"
+        return f"user-service:{state.epoch}:{state.generation}:{user_id}"
+
+    def _encode(self, document: StoredDocument) -> bytes:
+        return b"D%d %b\n%b" % (document.version, self._format, document.body)
+
+    def _parse(self, value: object) -> StoredDocument | Absence:
+        if value is None:
+            return MISS
+        found = _DOCUMENT.match(value) if isinstance(value, bytes) else None
+        if found is None:
+            return BYPASS
+        if found[2] != self._format:
+            return MISS
+        return StoredDocument(version=int(found[1]), body=found.string[found.end() :])
 
     def _some_ttl(self) -> int:
         """A time to live in ms, spread by a tenth so that what came together does not go so."""
@@ -262,17 +288,4 @@ def _is_ok(reply: object) -> bool:
     return reply in (True, b"OK")
 
 
-_DOCUMENT = re.compile(rb"D([0-9]{1,18})\n")
-
-
-def _encode(document: StoredDocument) -> bytes:
-    return b"D%d\n%b" % (document.version, document.body)
-
-
-def _parse(value: object) -> StoredDocument | Absence:
-    if value is None:
-        return MISS
-    found = _DOCUMENT.match(value) if isinstance(value, bytes) else None
-    if found is None:
-        return BYPASS
-    return StoredDocument(version=int(found[1]), body=found.string[found.end() :])
+_DOCUMENT = re.compile(rb"D([0-9]{1,18}) (\w+)\n")

@@ -7,14 +7,14 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 from sqlalchemy import ColumnElement, Row, select, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 from user_service_schemas import ChangeKind, User
 
-from ..errors import Overloaded, UserNotFound, VersionMismatch
+from ..errors import Overloaded, ServiceError, UserNotFound, VersionMismatch
 from .cache import MISS, DocumentCache, Outcome
 from .database import TRANSACTION_TIMEOUT, Database, translated
 from .document import Document, DocumentShape, EntityTags, StoredDocument, decode_user
@@ -26,6 +26,10 @@ T = TypeVar("T")
 UNKNOWN_FOR = 5.0
 """Seconds for which a process remembers that an id is nobody's."""
 MAX_UNKNOWN = 10_000
+LEAVE_BEHIND_TRIES = 10
+FLIGHT_AGE = 0.3
+"""Seconds for which a read under way can be joined: on a slow Postgres, what it returns may be
+older than what other processes have acknowledged since."""
 CONCLUSION_TIMEOUT = 2.0
 """Seconds from the look at the generation to the commit. With the 3 s for which a raise counts for
 others, and the 5 s that a commit may take (`database.COMMAND_TIMEOUT`), no more than the time in
@@ -52,7 +56,7 @@ _CONCLUDE = text("""
     ), left_behind AS (
         UPDATE service_state SET generation = generation + 1, raised_at = clock_timestamp()
         WHERE (NOT CAST(:announced AS boolean) OR generation <> CAST(:generation AS bigint))
-            AND raised_at < clock_timestamp() - interval '3 s'
+            AND NOT raised_at BETWEEN clock_timestamp() - interval '3 s' AND clock_timestamp()
         RETURNING generation
     )
     SELECT coalesce((SELECT generation FROM left_behind), (SELECT generation FROM service_state))
@@ -191,15 +195,19 @@ class Write:
     async def commit(self) -> None:
         """Commit, then let the cache know. Not to be cancelled in between.
 
-        After a commit whose outcome is unknown, the marker stays until it expires.
+        After a commit whose outcome is unknown, the marker stays until it expires, and what is
+        cached is left behind: the commit may still come about, after the marker.
         """
+        documents = self._documents
         try:
             with translated():
                 await self.connection.commit()
+        except ServiceError:
+            documents.leave_behind_soon(self._announcement.generation)
+            raise
         finally:
+            documents.forget_flights(self._announcement.keys)
             await self.connection.close()
-        documents = self._documents
-        documents.forget_flights(self._announcement.keys)
         documents.state.adopt(self._generation, "unannounced_write")
         # An erased user has a version, and no document.
         outcomes = {i: Outcome(version, None) for i, version in self._versions.items()}
@@ -216,6 +224,13 @@ class Write:
         await self._documents.cache.publish(self._announcement, {})
 
 
+class _Flight(NamedTuple):
+    """A read of a document that is under way."""
+
+    task: asyncio.Task[StoredDocument | None]
+    began: float
+
+
 class Documents:
     """The users' documents, as one process sees them."""
 
@@ -226,7 +241,7 @@ class Documents:
         self.shape = shape
         self.state = state
         self._database = database
-        self._flights: dict[str, asyncio.Task[StoredDocument | None]] = {}
+        self._flights: dict[str, _Flight] = {}
         self._unknown: dict[str, float] = {}
         self._background: set[asyncio.Task[None]] = set()
 
@@ -323,6 +338,18 @@ class Documents:
         """Run the end of a write even if the request that made it is cancelled."""
         await asyncio.shield(self._in_background(ending))
 
+    def leave_behind_soon(self, generation: int) -> None:
+        """Leave what is cached behind as soon as Postgres can be reached."""
+
+        async def leave_behind() -> None:
+            for _ in range(LEAVE_BEHIND_TRIES):
+                with contextlib.suppress(ServiceError):
+                    await self.state.leave_behind(generation, "unknown_commit")
+                    return
+                await asyncio.sleep(1)
+
+        self._in_background(leave_behind())
+
     def forget_flights(self, ids: Iterable[str]) -> None:
         """Detach the reads under way, which may be older than what was just committed."""
         for user_id in ids:
@@ -332,14 +359,14 @@ class Documents:
     async def _join_flight(self, user_id: str, fill: bool) -> StoredDocument | None:
         """Read a document from Postgres, once for all who miss it at the same time."""
         flight = self._flights.get(user_id)
-        if flight is None:
-            flight = asyncio.create_task(self._load(user_id, fill))
-            self._flights[user_id] = flight
-            flight.add_done_callback(lambda done: self._landed(user_id, done))
-        return await asyncio.shield(flight)
+        if flight is None or time.monotonic() - flight.began > FLIGHT_AGE:
+            task = asyncio.create_task(self._load(user_id, fill))
+            flight = self._flights[user_id] = _Flight(task, time.monotonic())
+            task.add_done_callback(lambda _: self._landed(user_id, flight))
+        return await asyncio.shield(flight.task)
 
-    def _landed(self, user_id: str, flight: asyncio.Task[StoredDocument | None]) -> None:
-        found = flight.cancelled() or flight.exception() or flight.result()
+    def _landed(self, user_id: str, flight: _Flight) -> None:
+        found = flight.task.cancelled() or flight.task.exception() or flight.task.result()
         if self._flights.get(user_id) is flight:
             del self._flights[user_id]
             if found is None:

@@ -80,9 +80,13 @@ class _Server:
 
     async def _recover(self) -> None:
         while True:
-            with contextlib.suppress(*_FAILURES):
+            try:
                 await self._probe()
                 break
+            except _FAILURES:
+                pass
+            except Exception as error:  # noqa: BLE001 - nobody else would ever ask Redis again
+                _log.error("redis.failed", **describe(error))
             await asyncio.sleep(PROBE_INTERVAL)
         self.recovery = None
         _log.info("redis.reachable", server=self._name)
@@ -139,6 +143,8 @@ class RedisLink:
         if await self.ping():
             return
         recoveries = [s.recovery for s in self._servers.values() if s.recovery is not None]
+        if not recoveries:
+            return
         # Every server is a stranger at first, and made known by its recovery.
         _done, pending = await asyncio.wait(recoveries, timeout=PROBE_INTERVAL)
         if pending:

@@ -1,4 +1,7 @@
-"""The row that all servers of one database share: the epoch, and the schema they stand on."""
+"""The row that all servers of one database share: the epoch and the generation of what is cached.
+
+And which servers of Redis were seen, and the schema that all stand on.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import time
 from dataclasses import dataclass, replace
 
 import structlog
-from sqlalchemy import Text, column, func, select, table, text, update
+from sqlalchemy import func, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..errors import DependencyUnavailable, Overloaded
@@ -28,12 +31,10 @@ announced itself before may still take (`database.TRANSACTION_TIMEOUT`)."""
 
 _log = structlog.get_logger()
 
-_alembic_version = table("alembic_version", column("version_num", Text))
 _STATE = select(
     service_state.c.epoch,
     service_state.c.generation,
     func.extract("epoch", func.clock_timestamp() - service_state.c.raised_at).label("raised_ago"),
-    select(_alembic_version.c.version_num).scalar_subquery().label("revision"),
 )
 # A server of Redis that was never seen: what it holds may be of any time. The very first one holds
 # nothing of this epoch.
@@ -49,9 +50,10 @@ _RAISE = text("""
     UPDATE service_state SET generation = generation + 1, raised_at = clock_timestamp()
     WHERE generation = :generation
 """)
-# Before the first migration there is nothing to read, and asking for it would be an error in the
-# log of Postgres twice a second.
-_HAS_STATE = text("SELECT to_regclass('service_state') IS NOT NULL")
+# Before the migrations that this release needs, there is nothing to read, and asking for it would
+# be an error in the log of Postgres twice a second.
+_IS_MIGRATED = text("SELECT to_regclass('alembic_version') IS NOT NULL")
+_REVISION = text("SELECT version_num FROM alembic_version")
 
 
 def _new_epoch() -> str:
@@ -197,17 +199,25 @@ class StateWatcher:
     async def _read(self) -> None:
         with translated():
             async with self._engine.connect() as connection:
-                if not await connection.scalar(_HAS_STATE):
-                    self._current = SharedState()
+                revision = None
+                if await connection.scalar(_IS_MIGRATED):
+                    revision = await connection.scalar(_REVISION)
+                if revision is None or revision < REVISION:
+                    self._current = SharedState(revision=revision)
                     return
                 row = (await connection.execute(_STATE)).one()
         if row.epoch == self.epoch and row.generation < self.generation:
             return  # read before a raise that this process has adopted meanwhile
+        # By Postgres' clock for a process that starts, and for one that goes on by its own: a step
+        # of Postgres' clock must not end the quiet time.
+        known = (row.epoch, row.generation) == (self.epoch, self.generation)
+        learnt = self._current.quiet_until if known else time.monotonic() + QUIET
+        raised = time.monotonic() + QUIET - float(row.raised_ago)
         self._current = SharedState(
             epoch=row.epoch,
             generation=row.generation,
-            revision=row.revision,
-            quiet_until=time.monotonic() + QUIET - float(row.raised_ago),
+            revision=revision,
+            quiet_until=learnt if self.epoch else raised,
         )
 
     def adopt(self, generation: int, reason: str) -> None:

@@ -117,7 +117,12 @@ changes = Table(
     Column("kind", Text, nullable=False),
     Column("at", _instant(), nullable=False),
     Column("actor", Text),
-    Index("ix_changes_unnumbered", "id", postgresql_where=text("position IS NULL")),
+    # In the order in which the sequencer takes them.
+    Index(
+        "ix_changes_waiting",
+        *("user_id", "version", "id"),
+        postgresql_where=text("position IS NULL"),
+    ),
 )
 
 change_feed = Table(
@@ -168,9 +173,14 @@ service_state = Table(
     Column("id", SmallInteger, primary_key=True, autoincrement=False),
     Column("epoch", Text, nullable=False),
     # What is cached under an earlier generation is not believed; see `cache`.
-    Column("generation", BigInteger, nullable=False),
-    Column("raised_at", _instant(), nullable=False),
+    Column("generation", BigInteger, nullable=False, server_default=text("1")),
+    Column(
+        "raised_at",
+        _instant(),
+        nullable=False,
+        server_default=text("'2000-01-01 00:00:00+00'"),
+    ),
     # Which servers of Redis were seen: a new one may hold what is long outdated.
-    Column("redis_servers", ARRAY(Text), nullable=False),
+    Column("redis_servers", ARRAY(Text), nullable=False, server_default=text("'{}'")),
     CheckConstraint("id = 1", name="one_row"),
 )

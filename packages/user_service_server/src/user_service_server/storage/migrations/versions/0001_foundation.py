@@ -106,9 +106,9 @@ def upgrade() -> None:
         sa.UniqueConstraint("position", name="uq_changes_position"),
     )
     op.create_index(
-        "ix_changes_unnumbered",
+        "ix_changes_waiting",
         "changes",
-        ["id"],
+        ["user_id", "version", "id"],
         postgresql_where=sa.text("position IS NULL"),
     )
     op.create_table(
