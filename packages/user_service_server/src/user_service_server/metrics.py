@@ -65,7 +65,7 @@ class Metrics:
         )
         self.feed_lag = Gauge(
             "user_service_feed_lag_seconds",
-            "How long the oldest change without a position has been waiting for one.",
+            "While changes wait for a position: how long ago none did.",
             registry=self.registry,
         )
         self.feed_through_lag = Gauge(
