@@ -26,6 +26,7 @@ INTERVAL = 0.05
 
 Not sooner for a write of this process: what is committed in between goes to all readers at once.
 """
+SLOWEST_INTERVAL = 1.0
 THROUGH_INTERVAL = timedelta(seconds=1)
 """How old `through` may be in a feed in which nothing happens."""
 HEARTBEAT_INTERVAL = 15.0
@@ -248,7 +249,6 @@ class ChangeFeed:
             subscription.put(b"")
 
     async def _run(self) -> None:
-        began = asyncio.get_running_loop().time()
         try:
             with translated():
                 while await self._step():
@@ -259,18 +259,19 @@ class ChangeFeed:
             _log.warning("feed.delayed")
         finally:
             self._beat()
-            self._took = asyncio.get_running_loop().time() - began
 
     def _interval(self) -> float:
         # A look is slow while a long snapshot (a dump) keeps dead entries in the index of what
         # waits: 14 ms after 100,000 changes. It is to be a tenth of a core at the most.
-        return max(INTERVAL, 10 * self._took)
+        return min(max(INTERVAL, 10 * self._took), SLOWEST_INTERVAL)
 
     async def _step(self) -> bool:
         """Number and read what is there; returns whether there is more."""
         numbered = None
         async with self._autocommit.connect() as connection:
+            began = asyncio.get_running_loop().time()
             state = await repository.read_feed_state(connection)
+            self._took = asyncio.get_running_loop().time() - began
         if state.is_waiting or state.now - state.complete_through > THROUGH_INTERVAL:
             async with self._engine.begin() as connection:
                 numbered = await repository.number_changes(connection, BATCH)
