@@ -12,7 +12,7 @@ import redis
 
 from ..servers import Server, serving
 from .traffic import person, register
-from .trouble import until
+from .trouble import bounded_in_time, until
 
 CROWD = 500
 HASH_QUEUE = 100
@@ -84,6 +84,7 @@ async def watched(server: Server, user: str) -> AsyncIterator[tuple[list[int], l
         watching.cancel()
 
 
+@bounded_in_time
 async def test_crowd_of_registrations_is_served_or_told_to_wait(
     database_url: str, redis_url: str
 ) -> None:
@@ -117,6 +118,7 @@ async def test_crowd_of_registrations_is_served_or_told_to_wait(
         assert log.lines_about("unreachable") == [], "an overload is no outage"
 
 
+@bounded_in_time
 async def test_burst_of_cold_reads_is_no_outage(server: Server, redis_url: str) -> None:
     log = Log(server)
     users = await register(server.url, 100, prefix="cold")
@@ -130,6 +132,7 @@ async def test_burst_of_cold_reads_is_no_outage(server: Server, redis_url: str) 
         assert connection.dbsize() == len(users)
 
 
+@bounded_in_time
 async def test_crowd_that_writes_to_one_user_leaves_the_others_alone(server: Server) -> None:
     busy, quiet = await register(server.url, 2, prefix="busy")
     log = Log(server)

@@ -10,7 +10,7 @@ from user_service_server.embedded import EmbeddedPostgres
 
 from ..servers import Server
 from .traffic import WRITERS, Answer, Traffic, register
-from .trouble import killed, paused, stopped, until
+from .trouble import bounded_in_time, killed, paused, stopped, until
 
 AT_ONCE = 0.100
 """Seconds after which a write is refused (issue 2, point 6)."""
@@ -75,6 +75,7 @@ def assert_writes_were_done_or_refused(traffic: Traffic) -> None:
     assert [a for a in writes if a.status != 200 and not is_refused(a)] == []
 
 
+@bounded_in_time
 async def test_postgres_stopped_and_started(
     server: Server, postgres: EmbeddedPostgres, traffic: Traffic, chaos_seconds: float
 ) -> None:
@@ -96,6 +97,7 @@ async def test_postgres_stopped_and_started(
     assert_writes_were_done_or_refused(traffic)
 
 
+@bounded_in_time
 async def test_postgres_killed(
     server: Server, postgres: EmbeddedPostgres, traffic: Traffic, chaos_seconds: float
 ) -> None:
@@ -112,6 +114,7 @@ async def test_postgres_killed(
     assert await health(server.url) == (200, "healthy", "up")
 
 
+@bounded_in_time
 async def test_postgres_restarted_at_once(postgres: EmbeddedPostgres, traffic: Traffic) -> None:
     await traffic.go_on(0.5)
     await asyncio.to_thread(postgres.restart)
@@ -121,6 +124,7 @@ async def test_postgres_restarted_at_once(postgres: EmbeddedPostgres, traffic: T
     assert_writes_were_done_or_refused(traffic)
 
 
+@bounded_in_time
 async def test_postgres_paused_and_resumed(
     server: Server, postgres: EmbeddedPostgres, traffic: Traffic, users: list[str]
 ) -> None:
@@ -150,6 +154,7 @@ async def test_postgres_paused_and_resumed(
     assert {(a.status, a.retry_after is not None) for a in failed} == {(503, True)}
 
 
+@bounded_in_time
 async def test_crowd_at_a_paused_postgres_is_told_and_leaves_nothing_behind(
     server: Server, postgres: EmbeddedPostgres, users: list[str]
 ) -> None:

@@ -10,7 +10,7 @@ from user_service_server.embedded import EmbeddedValkey
 
 from ..servers import Server
 from .traffic import Traffic, register
-from .trouble import paused, stopped, until
+from .trouble import bounded_in_time, paused, stopped, until
 
 DUE_TO_REDIS = 0.150
 """Seconds that a request may take longer because of Redis (issue 2, point 6)."""
@@ -69,6 +69,7 @@ def assert_nobody_noticed(traffic: Traffic, before: tuple[float, float]) -> None
     assert slow == []
 
 
+@bounded_in_time
 async def test_redis_stopped_and_restarted_empty(
     server: Server, valkey: EmbeddedValkey, traffic: Traffic, chaos_seconds: float
 ) -> None:
@@ -83,6 +84,7 @@ async def test_redis_stopped_and_restarted_empty(
     assert [answer for answer in traffic.answers if answer.behind] == []
 
 
+@bounded_in_time
 async def test_redis_restarted_at_once(
     server: Server, valkey: EmbeddedValkey, traffic: Traffic, chaos_seconds: float
 ) -> None:
@@ -94,6 +96,7 @@ async def test_redis_restarted_at_once(
     assert [answer for answer in traffic.answers if answer.behind] == []
 
 
+@bounded_in_time
 async def test_redis_paused_and_resumed(
     server: Server, valkey: EmbeddedValkey, traffic: Traffic, chaos_seconds: float
 ) -> None:

@@ -13,6 +13,7 @@ import redis
 from ..engines import open_dir
 from ..servers import Server
 from .traffic import register
+from .trouble import bounded_in_time
 
 LATE = 0.035
 """Seconds that each answer of Redis is held back: within the 0.050 that one call may take."""
@@ -28,6 +29,7 @@ class LateRedis:
         self.late = 0.0
         self._path = path
         self._target = urlsplit(target).path
+        self._connections: list[asyncio.Task[object]] = []
 
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[None]:
@@ -36,23 +38,33 @@ class LateRedis:
             yield
         finally:
             server.close()
+            await asyncio.gather(*self._connections, return_exceptions=True)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections.append(task)
         redis_reader, redis_writer = await asyncio.open_unix_connection(self._target)
         forwarding = asyncio.create_task(_forward(reader, redis_writer))
-        while data := await redis_reader.read(65536):
-            await asyncio.sleep(self.late)
-            writer.write(data)
-        await forwarding
-        writer.close()
+        try:
+            while data := await redis_reader.read(65536):
+                await asyncio.sleep(self.late)
+                writer.write(data)
+        finally:
+            writer.close()
+            await forwarding
 
 
 async def _forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    while data := await reader.read(65536):
-        writer.write(data)
-    writer.close()
+    try:
+        while data := await reader.read(65536):
+            writer.write(data)
+    finally:
+        writer.close()
+        await writer.wait_closed()
 
 
+@bounded_in_time
 async def test_no_request_waits_for_a_slow_redis_once_for_each_call(
     database_url: str, redis_url: str
 ) -> None:

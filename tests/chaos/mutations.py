@@ -1,0 +1,119 @@
+"""The rules of the cache, each taken out of the server: a plugin for `pytest -p` in a subprocess.
+
+The environment variable `WITHOUT` names the rule; nothing is taken out where it is not set.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+
+from sqlalchemy import text
+from user_service_server.storage import cache, documents, state
+from user_service_server.storage.cache import Announcement, DocumentCache, Outcome
+from user_service_server.storage.documents import Documents
+from user_service_server.storage.state import StateWatcher
+
+
+def _changed(source: str, pattern: str, replacement: str) -> str:
+    changed, times = re.subn(pattern, replacement, source, flags=re.DOTALL)
+    assert times == 1, f"{pattern} is not in the source once"
+    return changed
+
+
+def _announcement() -> None:
+    cache._ANNOUNCE = "return 'OK'"
+
+
+def _lease() -> None:
+    # What a version alone would guard: a fill takes every place that holds nothing newer.
+    cache._FILL = """
+    local held = redis.call('TYPE', KEYS[1]).ok == 'string' and redis.call('GET', KEYS[1]) or ''
+    if redis.call('TYPE', KEYS[1]).ok == 'hash' then return 0 end
+    local cached = tonumber(string.match(held, '^D(%d+)') or '0')
+    if cached > tonumber(string.match(ARGV[2], '^D(%d+)')) then return 0 end
+    redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
+    return 1
+    """
+
+
+def _last_writer() -> None:
+    cache._PUBLISH = _changed(cache._PUBLISH, r"for i = 1, .*?\nend\n", "")
+
+
+def _highest_version() -> None:
+    cache._PUBLISH = _changed(cache._PUBLISH, r"if version and version > top.*?end\n", "")
+
+
+def _conclude_never_raises() -> None:
+    source = _changed(documents._CONCLUDE.text, r"AND NOT raised_at BETWEEN[^\n]*", "AND false")
+    documents._CONCLUDE = text(source)
+
+
+def _never_left_behind() -> None:
+    async def leave_behind(_self: StateWatcher, _generation: int, _reason: str) -> None:
+        pass
+
+    StateWatcher.leave_behind = leave_behind  # type: ignore[assignment, method-assign]
+
+
+def _strangers_are_believed() -> None:
+    source = _changed(state._RECOGNISE.text, r"THEN 0 ELSE 1 END", "THEN 0 ELSE 0 END")
+    state._RECOGNISE = text(source)
+
+
+def _quiet_time() -> None:
+    StateWatcher.quiet = property(lambda _self: False)  # type: ignore[assignment, method-assign]
+
+
+def _detached_futures() -> None:
+    def forget_flights(_self: Documents, _ids: Iterable[str]) -> None:
+        pass
+
+    Documents.forget_flights = forget_flights  # type: ignore[assignment, method-assign]
+
+
+def _publish_with(
+    change: Callable[[Announcement, Mapping[str, Outcome]], Mapping[str, Outcome]],
+) -> None:
+    publish = DocumentCache.publish
+
+    async def publish_changed(
+        self: DocumentCache, announcement: Announcement, outcomes: Mapping[str, Outcome]
+    ) -> bool:
+        return await publish(self, announcement, change(announcement, outcomes))
+
+    DocumentCache.publish = publish_changed  # type: ignore[method-assign]
+
+
+def _quiet_announcement() -> None:
+    def forget(
+        announcement: Announcement, outcomes: Mapping[str, Outcome]
+    ) -> Mapping[str, Outcome]:
+        announcement.quiet = False
+        return outcomes
+
+    _publish_with(forget)
+
+
+def _deleted_version() -> None:
+    _publish_with(lambda _announcement, said: {i: o for i, o in said.items() if o.document})
+
+
+RULES: Mapping[str, Callable[[], None]] = {
+    "announcement": _announcement,
+    "lease": _lease,
+    "last_writer": _last_writer,
+    "highest_version": _highest_version,
+    "generation_unannounced": _conclude_never_raises,
+    "generation_unpublished": _never_left_behind,
+    "generation_stranger": _strangers_are_believed,
+    "quiet_time": _quiet_time,
+    "detached_futures": _detached_futures,
+    "quiet_announcement": _quiet_announcement,
+    "deleted_version": _deleted_version,
+}
+
+if rule := os.environ.get("WITHOUT"):
+    RULES[rule]()
