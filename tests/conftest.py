@@ -74,6 +74,9 @@ async def http(app: Litestar) -> AsyncIterator[httpx.AsyncClient]:
 
 @pytest.fixture(scope="module")
 def server(database_url: str, redis_url: str) -> Iterator[Server]:
-    """A server in a process of its own, behind a real socket."""
-    with serving(database_url, redis_url) as started:
+    """A server in a process of its own, behind a real socket.
+
+    Patient with Redis: on a busy machine it is late, and then nothing is cached for a while.
+    """
+    with serving(database_url, redis_url, REDIS_TIMEOUT_MS="2000") as started:
         yield started

@@ -446,6 +446,7 @@ class CommitProxy:
         self._path = directory / ".s.PGSQL.5432"
         self._target = target
         self._on_commit = on_commit
+        self._connections: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_unix_server(self._serve, self._path)
@@ -458,30 +459,44 @@ class CommitProxy:
         traceback: TracebackType | None,
     ) -> None:
         self._server.close()
+        for connection in self._connections:
+            connection.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections.append(task)
         from_postgres, to_postgres = await asyncio.open_unix_connection(self._target)
-        state = {"records": False, "commits": False}
+        records = commits = False
 
         async def forth() -> None:
+            nonlocal records, commits
             while chunk := await reader.read(65536):
-                state["records"] |= b"INSERT INTO recorded_answers" in chunk
-                if state["records"] and b"COMMIT" in chunk:
-                    state["commits"] = True
+                records = records or b"INSERT INTO recorded_answers" in chunk
+                if records and b"COMMIT" in chunk:
+                    commits = True
                     if self._on_commit("before"):
-                        break
+                        return
                 to_postgres.write(chunk)
-            to_postgres.close()
 
         async def back() -> None:
             while chunk := await from_postgres.read(65536):
-                if state["commits"] and b"COMMIT\0" in chunk and self._on_commit("after"):
-                    break
+                if commits and b"COMMIT\0" in chunk and self._on_commit("after"):
+                    return
                 writer.write(chunk)
-            writer.close()
 
-        with suppress(ConnectionError):
-            await asyncio.gather(forth(), back())
+        ways = [asyncio.create_task(forth()), asyncio.create_task(back())]
+        try:
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for way in ways:
+                way.cancel()
+            await asyncio.gather(*ways, return_exceptions=True)
+            for end in (writer, to_postgres):
+                end.close()
+                with suppress(OSError):
+                    await end.wait_closed()
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])

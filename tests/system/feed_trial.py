@@ -89,20 +89,22 @@ async def run_trial(
 ) -> Trial:
     """Make so many changes by sixteen writers, while readers read, and wait for the readers."""
     trial = Trial()
-    end = asyncio.Event()
     async with connected(database_url) as sql:
         await sql.execute(_ADD_TRANSACTION)
         users = await insert_users(sql, USERS)
+    reading: list[asyncio.Task[None]] = []
     async with asyncio.TaskGroup() as readers:
         for number in range(3):
             received = trial.readers[f"stream {number}"] = Received()
             received.cursor = await beginning(urls[0])
             chance = random.Random(f"{seed}.{number}")  # noqa: S311 - no secret
-            readers.create_task(follow_restlessly(urls, received, chance, end))
+            reading.append(readers.create_task(follow_restlessly(urls, received, chance)))
         trial.readers["poll"] = Received()
-        readers.create_task(poll(urls[-1], trial.readers["poll"], end))
-        readers.create_task(_read_by_number(database_url, trial.by_number, end))
-        readers.create_task(_read_by_transaction(database_url, trial.by_transaction, end))
+        reading.append(readers.create_task(poll(urls[-1], trial.readers["poll"])))
+        reading.append(readers.create_task(_read_by_number(database_url, trial.by_number)))
+        reading.append(
+            readers.create_task(_read_by_transaction(database_url, trial.by_transaction))
+        )
         try:
             async with held_open(other_database_url):
                 await _write(
@@ -116,7 +118,8 @@ async def run_trial(
                 trial.stalled = not trial.by_transaction.changes
             await _caught_up(trial)
         finally:
-            end.set()
+            for task in reading:
+                task.cancel()
     return trial
 
 
@@ -180,20 +183,20 @@ async def _write(
             writers.create_task(by_http(url))
 
 
-async def _read_by_number(database_url: str, received: Received, end: asyncio.Event) -> None:
+async def _read_by_number(database_url: str, received: Received) -> None:
     last = 0
     async with connected(database_url) as sql:
-        while not end.is_set():
+        while True:
             rows = await sql.fetch(_BY_NUMBER, last)
             last = rows[-1][0] if rows else last
             _take(received, rows)
             await asyncio.sleep(0.05)
 
 
-async def _read_by_transaction(database_url: str, received: Received, end: asyncio.Event) -> None:
+async def _read_by_transaction(database_url: str, received: Received) -> None:
     last = ("0", 0)
     async with connected(database_url) as sql:
-        while not end.is_set():
+        while True:
             rows = await sql.fetch(_BY_TRANSACTION, *last)
             last = (rows[-1][0], rows[-1][1]) if rows else last
             _take(received, rows)

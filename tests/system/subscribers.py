@@ -171,11 +171,9 @@ def faults(received: Iterable[Version], made: Iterable[Version]) -> list[str]:
     return found
 
 
-async def follow_restlessly(
-    urls: Sequence[str], received: Received, chance: random.Random, end: asyncio.Event
-) -> None:
+async def follow_restlessly(urls: Sequence[str], received: Received, chance: random.Random) -> None:
     """Follow the feed, disconnect at random, and go on from the last event at any server."""
-    while not end.is_set():
+    while True:
         leave_at = time.monotonic() + chance.uniform(0.1, 3.0)
         async with (
             httpx.AsyncClient(base_url=chance.choice(urls), timeout=30) as http,
@@ -188,14 +186,14 @@ async def follow_restlessly(
                     received.cursor = event.id
                 elif event.name == "reset":
                     received.resets += 1
-                if time.monotonic() > leave_at or end.is_set():
+                if time.monotonic() > leave_at:
                     break
 
 
-async def poll(url: str, received: Received, end: asyncio.Event) -> None:
+async def poll(url: str, received: Received) -> None:
     """Ask for changes again and again, each time from where the last answer ended."""
     async with httpx.AsyncClient(base_url=url, timeout=30) as http:
-        while not end.is_set():
+        while True:
             query = {"limit": "1000"} | ({"after": received.cursor} if received.cursor else {})
             answer = await http.get("/api/v1/changes", params=query)
             page = answer.raise_for_status().json()["data"]

@@ -2,13 +2,13 @@
 
 import asyncio
 import statistics
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import httpx
 import pytest
 from user_service_server.embedded import EmbeddedValkey
 
-from ..servers import Server
+from ..servers import Server, serving
 from .traffic import Traffic, register
 from .trouble import bounded_in_time, paused, stopped, until
 
@@ -17,6 +17,13 @@ DUE_TO_REDIS = 0.150
 RECOVERS_WITHIN = 2.0
 FROM_POSTGRES = "/api/v1/users?limit=1"
 """A request that does not need Redis."""
+
+
+@pytest.fixture(scope="module")
+def server(database_url: str, redis_url: str) -> Iterator[Server]:
+    """A server that waits for Redis no longer than it does by default."""
+    with serving(database_url, redis_url) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
