@@ -74,6 +74,24 @@ def create_engine(
     return engine
 
 
+@asynccontextmanager
+async def connected(
+    settings: Settings, command_timeout: float | None = COMMAND_TIMEOUT
+) -> AsyncIterator[AsyncConnection]:
+    """Give the one connection of a command that does its work and ends.
+
+    Raises:
+        DependencyUnavailable, Overloaded
+    """
+    engine = create_engine(settings, 1, command_timeout)
+    try:
+        with translated():
+            async with engine.connect() as connection:
+                yield connection
+    finally:
+        await engine.dispose()
+
+
 def _refuse_closed(dbapi_connection: Any, _record: Any, _proxy: Any) -> None:
     """Replace a connection whose socket Postgres has closed: a ping without its round trip."""
     if dbapi_connection.driver_connection.is_closed():

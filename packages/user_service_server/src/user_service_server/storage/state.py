@@ -12,14 +12,13 @@ from dataclasses import dataclass, replace
 
 import structlog
 from sqlalchemy import func, select, text, update
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..errors import DependencyUnavailable, Overloaded
 from ..logs import describe
 from ..metrics import Metrics
 from ..periodic import Periodic
 from ..settings import Settings
-from .database import Database, create_engine, translated
+from .database import Database, connected, create_engine, translated
 from .tables import REVISION, service_state
 
 POLL_INTERVAL = 0.5
@@ -63,39 +62,26 @@ def _new_epoch() -> str:
 
 async def read_epoch(settings: Settings) -> str:
     """Return the epoch of the settings' database."""
-    engine = create_engine(settings, pool_size=1)
-    try:
-        with translated():
-            async with engine.connect() as connection:
-                return await _epoch(connection)
-    finally:
-        await engine.dispose()
-
-
-async def _epoch(connection: AsyncConnection) -> str:
-    found = await connection.execute(select(service_state.c.epoch))
-    return str(found.scalar_one())
+    async with connected(settings) as connection:
+        found = await connection.execute(select(service_state.c.epoch))
+        return str(found.scalar_one())
 
 
 async def renew_epoch(settings: Settings) -> str:
     """Give the database a new epoch and return it: nothing that was cached before is believed."""
-    engine = create_engine(settings, pool_size=1)
-    try:
-        with translated():
-            async with engine.begin() as connection:
-                epoch = _new_epoch()
-                # With the generation, since writes under way have announced themselves under the
-                # old epoch: until they have ended, nothing is cached.
-                await connection.execute(
-                    update(service_state).values(
-                        epoch=epoch,
-                        generation=service_state.c.generation + 1,
-                        raised_at=func.clock_timestamp(),
-                    )
-                )
-                return epoch
-    finally:
-        await engine.dispose()
+    epoch = _new_epoch()
+    async with connected(settings) as connection:
+        # With the generation, since writes under way have announced themselves under the old
+        # epoch: until they have ended, nothing is cached.
+        await connection.execute(
+            update(service_state).values(
+                epoch=epoch,
+                generation=service_state.c.generation + 1,
+                raised_at=func.clock_timestamp(),
+            )
+        )
+        await connection.commit()
+    return epoch
 
 
 @dataclass(frozen=True, slots=True)

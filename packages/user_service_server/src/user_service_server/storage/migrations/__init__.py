@@ -15,7 +15,7 @@ from alembic.config import Config
 from sqlalchemy import Connection, text
 
 from ...settings import Settings
-from ..database import create_engine, translated
+from ..database import connected
 
 _LOCK = 0x75736D67  # "usmg": one migration at a time
 _LOCK_TIMEOUT = "30s"
@@ -52,10 +52,5 @@ async def run(settings: Settings, action: Callable[[Config], None]) -> None:
         connection.commit()
 
     # An index takes as long as it takes.
-    engine = create_engine(settings, pool_size=1, command_timeout=None)
-    try:
-        with translated():
-            async with engine.connect() as connection:
-                await connection.run_sync(locked)
-    finally:
-        await engine.dispose()
+    async with connected(settings, command_timeout=None) as connection:
+        await connection.run_sync(locked)
