@@ -1,0 +1,495 @@
+"""The default transport: httpx's types outside, aiohttp's connections and parser inside.
+
+httpx's own pool loses connections when requests are cancelled (encode/httpcore#1093), and is
+several times slower at 100 concurrent calls. Of aiohttp only the connector (names, sockets, TLS,
+keep-alive) and the protocol (parser, flow control) are used. Its session is not: it adds headers,
+sends again by itself what a dropped connection may have delivered, and does not tell whether a
+request had left when it failed. Here the request is written in one place, so that is known.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from typing import TypeAlias
+from weakref import WeakKeyDictionary
+
+import aiohttp
+import httpx
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.connector import Connection
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.streams import StreamReader
+from yarl import URL  # how aiohttp takes an address
+
+DNS_TTL = 10
+"""Seconds that an address is kept: replicas move."""
+
+UNNOTICED = 0.1
+"""Seconds of idleness after which the event loop is asked once more whether the server has closed:
+while the loop was busy with something else, it may not have heard of it."""
+
+_Trace: TypeAlias = Callable[[str, dict[str, object]], Awaitable[None]]
+_HEAD = re.compile(
+    rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ [!-~]+ HTTP/1\.1\r\n"
+    rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+: [^\x00-\x08\x0a-\x1f\x7f]*\r\n)*\r\n"
+)
+_FAILURES = (
+    aiohttp.ClientError,
+    aiohttp.EofStream,
+    HttpProcessingError,
+    OSError,
+    RuntimeError,
+    ValueError,
+)
+"""All that aiohttp raises: its two trees, and what it lets through."""
+
+
+class AiohttpTransport(httpx.AsyncBaseTransport):
+    """Sends HTTP/1.1 requests, each exactly once, over connections that are kept.
+
+    It belongs to the event loop of its first request, until `abandon` is called.
+
+    Args:
+        verify: As httpx takes it: True (certifi's authorities), False, or a context.
+        max_connections: How many there may be; waiting for one is limited by the "pool" time-out.
+        keepalive_expiry: Seconds that an idle connection is kept.
+        max_age: Seconds after which a connection is not used again, or new replicas stay idle.
+    """
+
+    def __init__(
+        self,
+        *,
+        verify: ssl.SSLContext | bool = True,
+        max_connections: int = 100,
+        keepalive_expiry: float = 30.0,
+        max_age: float = 300.0,
+    ) -> None:
+        self._verify = verify
+        self._max_connections = max_connections
+        self._keepalive_expiry = keepalive_expiry
+        self._max_age = max_age
+        self._pool: _Pool | None = None
+        self._closed = False
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send `request`; the body of the answer is read as it is asked for.
+
+        Raises:
+            LocalProtocolError: the request cannot be written as HTTP; nothing was sent.
+            PoolTimeout, ConnectTimeout, ConnectError: nothing was sent.
+            WriteTimeout, WriteError, ReadTimeout, ReadError, RemoteProtocolError: it may have been.
+        """
+        limits: dict[str, float | None] = request.extensions.get("timeout", {})
+        stream = request.stream
+        if not isinstance(stream, httpx.AsyncByteStream):
+            raise TypeError("the body is a synchronous stream")
+        body = b"".join(stream) if isinstance(stream, httpx.ByteStream) else None
+        head, length = _head(request, body)
+
+        pool = self._opened_pool()
+        exchange = await pool.exchange(self, _seconds(limits, "pool"))
+        try:
+            protocol = await pool.connect(exchange, request.url, _seconds(limits, "connect"))
+            trace: _Trace | None = request.extensions.get("trace")
+            if trace is not None:
+                await trace("http11.send_request_headers.started", {})
+            protocol.set_response_params(
+                skip_payload=request.method == "HEAD",
+                read_until_eof=True,
+                auto_decompress=False,
+                read_timeout=_seconds(limits, "read"),
+            )
+            try:
+                if body is not None and length is not None:
+                    await _write(protocol, head + body, limits, first=True)
+                else:
+                    await _write(protocol, head, limits, first=True)
+                    await _write_stream(protocol, stream, length, limits)
+            except httpx.WriteError:
+                if not len(protocol):  # else it was refused early, and the answer says why
+                    raise
+            return await _answer(exchange, protocol)
+        except BaseException:
+            exchange.end(reusable=False)
+            raise
+
+    def _opened_pool(self) -> _Pool:
+        if self._closed:
+            raise RuntimeError("the transport is closed")
+        if self._pool is None:
+            self._pool = _Pool(
+                self._verify, self._max_connections, self._keepalive_expiry, self._max_age
+            )
+        return self._pool
+
+    async def aclose(self) -> None:
+        """Close the connections; what is still under way on them fails."""
+        self._closed = True
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            await pool.aclose()
+
+    def abandon(self) -> None:
+        """Forget the connections, without an event loop; the next request opens new ones.
+
+        For a child process after a fork, whose parent goes on using the same sockets (so they are
+        closed here and not shut down, nor is TLS told), for an event loop that is closed, and for
+        a finalizer. In an event loop that still runs, they are closed at its next turn.
+        """
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.abandon()
+
+    def __del__(self) -> None:
+        if getattr(self, "_pool", None) is not None:
+            self.abandon()
+
+
+class _Pool:
+    """The connections of one event loop in one process."""
+
+    def __init__(
+        self,
+        verify: ssl.SSLContext | bool,
+        max_connections: int,
+        keepalive_expiry: float,
+        max_age: float,
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._pid = os.getpid()
+        self._verify = verify
+        self._max_age = max_age
+        # Slots are counted here, where waiting for one and for the network have their own time-out.
+        # getaddrinfo resolves, as it does for httpx, even where aiodns is installed.
+        self._connector = aiohttp.TCPConnector(
+            limit=0,
+            keepalive_timeout=keepalive_expiry,
+            ttl_dns_cache=DNS_TTL,
+            resolver=aiohttp.ThreadedResolver(),
+        )
+        self.slots = asyncio.Semaphore(max_connections)
+        self.exchanges: set[_Exchange] = set()
+        self._closed = False
+        self._origins: dict[tuple[str, str, int | None], aiohttp.ClientRequest] = {}
+        # when a connection was opened, and last used
+        self._lives: WeakKeyDictionary[ResponseHandler, list[float]] = WeakKeyDictionary()
+
+    async def exchange(self, transport: AiohttpTransport, seconds: float | None) -> _Exchange:
+        if self.slots.locked():
+            try:
+                async with asyncio.timeout(seconds):
+                    await self.slots.acquire()
+            except TimeoutError as error:
+                raise httpx.PoolTimeout("no connection was free in time") from error
+        else:
+            await self.slots.acquire()
+        return _Exchange(self, transport)
+
+    async def connect(
+        self, exchange: _Exchange, url: httpx.URL, seconds: float | None
+    ) -> ResponseHandler:
+        """Return an open connection, which `exchange` then owns."""
+        try:
+            origin = self._origin(url)
+            timeout = aiohttp.ClientTimeout(connect=seconds)
+            while not self._closed:
+                connection = await self._connector.connect(origin, [], timeout)
+                protocol = exchange.takes(connection)
+                if await self._is_fit(protocol):
+                    return protocol
+                connection.close()
+        except TimeoutError as error:
+            raise httpx.ConnectTimeout("no connection was made in time") from error
+        except _FAILURES as error:
+            raise httpx.ConnectError(str(error) or type(error).__name__) from error
+        raise httpx.ConnectError("the transport is closed")
+
+    async def _is_fit(self, protocol: ResponseHandler) -> bool:
+        now = self.loop.time()
+        life = self._lives.get(protocol)
+        if life is None:
+            self._lives[protocol] = [now, now]
+            return True
+        opened, used = life
+        if now - opened > self._max_age:
+            return False
+        if now - used > UNNOTICED:
+            await asyncio.sleep(0)  # the loop looks at its sockets,
+            await asyncio.sleep(0)  # and tells the protocols
+        # should_close: it sent something that nobody had asked for, such as a 408 before closing
+        return protocol.is_connected() and not protocol.should_close
+
+    def used(self, protocol: ResponseHandler) -> None:
+        self._lives[protocol][1] = self.loop.time()
+
+    def _origin(self, url: httpx.URL) -> aiohttp.ClientRequest:
+        """Return what the connector takes for an address: a request, which is never sent."""
+        key = (url.scheme, url.raw_host.decode("ascii"), url.port)
+        origin = self._origins.get(key)
+        if origin is None:
+            scheme, host, port = key
+            context: ssl.SSLContext | bool = True
+            if scheme == "https":
+                context = self._context()
+            elif scheme != "http":
+                raise httpx.UnsupportedProtocol("the URL must begin with http:// or https://")
+            address = URL.build(scheme=scheme, host=host, port=port)
+            origin = aiohttp.ClientRequest("GET", address, loop=self.loop, ssl=context)
+            self._origins[key] = origin
+        return origin
+
+    def _context(self) -> ssl.SSLContext:
+        if isinstance(self._verify, bool):  # it takes 20 ms: not made before a URL needs it
+            self._verify = httpx.create_ssl_context(verify=self._verify)
+            self._verify.set_alpn_protocols(["http/1.1"])
+        return self._verify
+
+    async def aclose(self) -> None:
+        self._closed = True
+        for exchange in list(self.exchanges):
+            exchange.fail(aiohttp.ClientConnectionError("the transport was closed"))
+        await self._connector.close()
+
+    def abandon(self) -> None:
+        self._closed = True
+        exchanges = list(self.exchanges)
+        self.exchanges.clear()
+        self._connector._closed = True  # so that it touches no socket, nor warns in __del__
+        transports: list[asyncio.Transport] = []
+        for reference in self._lives.keyrefs():
+            protocol = reference()
+            if protocol is not None and protocol.transport is not None:
+                transports.append(protocol.transport)
+                protocol.transport = None
+        for exchange in exchanges:
+            if exchange.connection is not None:
+                exchange.connection.close()
+        if self.usable():
+            with suppress(RuntimeError):
+                self.loop.call_soon_threadsafe(self._abort, transports, len(exchanges))
+                return
+        for transport in transports:
+            _drop(transport)
+
+    def usable(self) -> bool:
+        """Tell whether the event loop is there, and not another process's."""
+        return self._pid == os.getpid() and not self.loop.is_closed()
+
+    def _abort(self, transports: list[asyncio.Transport], slots: int) -> None:
+        for transport in transports:
+            transport.abort()
+        for _ in range(slots):
+            self.slots.release()  # who waits for one wakes, and fails
+
+
+class _Exchange:
+    """A slot of the pool, then the connection in it, until the answer is read or given up."""
+
+    __slots__ = ("_pool", "_transport", "connection", "payload")
+
+    def __init__(self, pool: _Pool, transport: AiohttpTransport) -> None:
+        self._pool = pool
+        self._transport = transport  # whose finalizer would abandon the pool
+        self.connection: Connection | None = None
+        self.payload: StreamReader | None = None
+        pool.exchanges.add(self)
+
+    def takes(self, connection: Connection) -> ResponseHandler:
+        self.connection = connection
+        protocol = connection.protocol
+        assert protocol is not None  # noqa: S101 - it is new
+        return protocol
+
+    def end(self, *, reusable: bool) -> None:
+        """Give connection and slot back; a second call does nothing."""
+        pool = self._pool
+        if self not in pool.exchanges:
+            return
+        if not reusable and not pool.usable():  # a coroutine that outlived its loop
+            pool.abandon()
+            return
+        pool.exchanges.remove(self)
+        connection, self.connection = self.connection, None
+        if connection is not None and (protocol := connection.protocol) is not None:
+            if reusable:
+                pool.used(protocol)
+                connection.release()
+            else:
+                # not closed: that would first send what is left, to a server that may not read
+                if protocol.transport is not None:
+                    protocol.transport.abort()
+                connection.close()
+        pool.slots.release()
+
+    def fail(self, error: Exception) -> None:
+        """End it while somebody waits for it."""
+        if self.payload is not None:
+            self.payload.set_exception(error)
+        if self.connection is not None and (protocol := self.connection.protocol) is not None:
+            protocol.set_exception(error)
+        self.end(reusable=False)
+
+
+class _Body(httpx.AsyncByteStream):
+    """The rest of an answer."""
+
+    def __init__(self, exchange: _Exchange, payload: StreamReader) -> None:
+        self._exchange = exchange
+        self._payload = payload
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        try:
+            while chunk := await self._payload.readany():
+                yield chunk
+        except _FAILURES as error:
+            self._exchange.end(reusable=False)
+            raise _unread(error) from None
+        self._exchange.end(reusable=True)
+
+    async def aclose(self) -> None:
+        self._exchange.end(reusable=self._payload.at_eof())
+
+
+async def _answer(exchange: _Exchange, protocol: ResponseHandler) -> httpx.Response:
+    try:
+        while True:
+            protocol.start_timeout()
+            message, payload = await protocol.read()
+            if message.code >= 200:
+                break
+            if message.code == 101:
+                raise httpx.RemoteProtocolError("the server changed the protocol")
+    except _FAILURES as error:
+        raise _unread(error) from None
+    stream: httpx.AsyncByteStream
+    if payload.is_eof() and payload.exception() is None:
+        # It is all there, as most answers are: the connection need not wait for the reader.
+        stream = httpx.ByteStream(payload.read_nowait())
+        exchange.end(reusable=True)
+    else:
+        exchange.payload = payload
+        stream = _Body(exchange, payload)
+    return httpx.Response(
+        message.code,
+        headers=list(message.raw_headers),
+        stream=stream,
+        extensions={
+            "http_version": b"HTTP/%d.%d" % message.version,
+            "reason_phrase": message.reason.encode("utf-8", "surrogateescape"),
+        },
+    )
+
+
+def _head(request: httpx.Request, body: bytes | None) -> tuple[bytes, int | None]:
+    """Return the request up to its body, and the length of the body; None: it goes in chunks."""
+    lines = [b"%b %b HTTP/1.1" % (request.method.encode("ascii", "replace"), request.url.raw_path)]
+    lengths: list[bytes] = []
+    codings: list[bytes] = []
+    host = False
+    for name, value in request.headers.raw:
+        lines.append(b"%b: %b" % (name, value))
+        match name.lower():
+            case b"host":
+                host = True
+            case b"content-length":
+                lengths.append(value)
+            case b"transfer-encoding":
+                codings.append(value.lower())
+            case _:
+                pass
+    if not host:
+        lines.insert(1, b"Host: " + request.url.netloc)
+    if body and not lengths and not codings:
+        lengths.append(b"%d" % len(body))
+        lines.append(b"Content-Length: " + lengths[0])
+    head = b"\r\n".join((*lines, b"", b""))
+    if _HEAD.fullmatch(head) is None:
+        raise httpx.LocalProtocolError("method or header has a character that it cannot carry")
+    if codings == [b"chunked"] and not lengths:
+        return head, None
+    length = int(lengths[0]) if lengths and lengths[0].isdigit() else 0
+    if codings or len(lengths) > 1 or (body is None and not lengths) or (body and not length):
+        raise httpx.LocalProtocolError("the headers do not tell how long the body is")
+    if body is not None and length != len(body):
+        raise httpx.LocalProtocolError("the body is not as long as its Content-Length")
+    return head, length
+
+
+async def _write_stream(
+    protocol: ResponseHandler,
+    stream: httpx.AsyncByteStream,
+    length: int | None,
+    limits: dict[str, float | None],
+) -> None:
+    left = length
+    async for part in stream:
+        if left is None:
+            data = b"%x\r\n%b\r\n" % (len(part), part) if part else b""
+        else:
+            data = part
+            left -= len(part)
+            if left < 0:
+                break
+        await _write(protocol, data, limits)
+    if left is None:
+        await _write(protocol, b"0\r\n\r\n", limits)
+    elif left:
+        raise httpx.LocalProtocolError("the body is not as long as its Content-Length")
+
+
+async def _write(
+    protocol: ResponseHandler, data: bytes, limits: dict[str, float | None], *, first: bool = False
+) -> None:
+    transport = protocol.transport
+    if transport is None or transport.is_closing():
+        failure = httpx.ConnectError if first else httpx.WriteError
+        raise failure("the connection was lost")
+    transport.write(data)
+    if protocol.writing_paused:
+        try:
+            async with asyncio.timeout(_seconds(limits, "write")):
+                await protocol._drain_helper()
+        except TimeoutError as error:
+            raise httpx.WriteTimeout("the request was not taken in time") from error
+        except _FAILURES as error:
+            raise httpx.WriteError(type(error).__name__) from error
+
+
+def _seconds(limits: dict[str, float | None], kind: str) -> float | None:
+    seconds = limits.get(kind)
+    return seconds if seconds is None else max(seconds, 1e-6)  # to aiohttp 0 is no limit
+
+
+def _unread(error: Exception) -> httpx.TransportError:
+    """Return what it is called that there is no whole answer.
+
+    Without aiohttp's text, and not to be chained: that quotes the answer, which is personal data.
+    """
+    name = type(error).__name__
+    if isinstance(error, TimeoutError):
+        return httpx.ReadTimeout("the server did not answer in time")
+    if isinstance(error, aiohttp.ServerDisconnectedError):
+        return httpx.RemoteProtocolError("the server closed the connection and did not answer")
+    if isinstance(error, aiohttp.ClientConnectionError | OSError):
+        return httpx.ReadError(f"the connection was lost: {name}")
+    return httpx.RemoteProtocolError(f"the answer is malformed or cut off: {name}")
+
+
+def _drop(transport: asyncio.Transport) -> None:
+    """Close a socket behind its transport's back, whose event loop must not be asked.
+
+    After a fork the loop's epoll is the parent's, too: to unregister here would do it there.
+    """
+    with suppress(Exception):
+        tls = getattr(transport, "_ssl_protocol", None)
+        if tls is not None:
+            transport._closed = True  # type: ignore[attr-defined]  # else its __del__ warns
+            transport = tls._transport
+        sock = transport._sock  # type: ignore[attr-defined]
+        transport._sock = None  # type: ignore[attr-defined]  # else its __del__ warns
+        sock.close()
