@@ -98,6 +98,7 @@ def service() -> Service:
 
 @pytest.fixture
 async def client(service: Service) -> AsyncIterator[UserServiceClient]:
+    """A client that makes one attempt, so that one scripted answer is what it gets."""
     transport = httpx.MockTransport(service.handle)
-    async with UserServiceClient("http://users.test", transport=transport) as made:
+    async with UserServiceClient("http://users.test", transport=transport, retries=0) as made:
         yield made

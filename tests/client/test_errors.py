@@ -237,7 +237,7 @@ async def test_an_error_with_all_it_carries_survives_a_task_queue(
     details = [{"field": "name", "message": "Too long."}]
     service.refuses(412, "version_mismatch", details=details, headers={"ETag": ETAG})
     with pytest.raises(VersionMismatch) as caught:
-        await client.users.update(USER_ID, name="x", if_match='"e.f.2"')
+        await client.users.update(USER_ID, name="x", if_version='"e.f.2"')
     twin = pickle.loads(pickle.dumps(caught.value))  # noqa: S301
     assert vars(twin) == vars(caught.value)
     assert twin.etag == ETAG
@@ -249,7 +249,9 @@ SECRETS = ("john@example.com", "geheim-geheim", "usk_key", "fcm_token", "No:")
 @pytest.mark.parametrize("status", [200, 401, 422, 500])
 async def test_no_error_prints_what_was_sent_or_answered(service: Service, status: int) -> None:
     transport = httpx.MockTransport(service.handle)
-    async with UserServiceClient("http://h", api_key="usk_key", transport=transport) as client:
+    async with UserServiceClient(
+        "http://h", api_key="usk_key", transport=transport, retries=0
+    ) as client:
         details = [{"field": "token", "message": "fcm_token"}]
         service.refuses(status, "code", details=details)
         with pytest.raises(UserServiceError) as registering:

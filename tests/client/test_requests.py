@@ -162,7 +162,7 @@ async def test_the_etag_of_a_read_makes_a_write_conditional(
     assert (user.id, etag) == (USER_ID, ETAG)
     assert "If-Match" not in service.sent.headers
     service.answers(USER)
-    await client.users.update(USER_ID, name="Ann", if_match=etag)
+    await client.users.update(USER_ID, name="Ann", if_version=etag)
     assert service.sent.headers["If-Match"] == ETAG
     service.answers(USER["preferences"])
     _, etag = await client.preferences.get_with_etag(UUID(USER_ID))
@@ -183,8 +183,8 @@ async def test_get_many_splits_and_keeps_the_order(
     client: UserServiceClient, service: Service
 ) -> None:
     ids = [str(UUID(int=i)) for i in range(1001)]
-    service.answers({"users": [USER], "missing": ids[1:1000]})
-    service.answers({"users": [{**USER, "name": "Last"}], "missing": []})
+    service.answers({"users": [{**USER, "id": ids[0]}], "missing": ids[1:1000]})
+    service.answers({"users": [{**USER, "id": ids[1000], "name": "Last"}], "missing": []})
     batch = await client.users.get_many([*ids, ids[0].upper(), UUID(int=5)])
     assert [user.name for user in batch.users] == ["John Doe", "Last"]
     assert batch.missing == tuple(ids[1:1000])

@@ -50,10 +50,10 @@ async def test_life_of_a_user(client: UserServiceClient) -> None:
     read, etag = await client.users.get_with_etag(user.id)
     assert read == user
 
-    renamed = await client.users.update(user.id, name="John Roe", phone=None, if_match=etag)
+    renamed = await client.users.update(user.id, name="John Roe", phone=None, if_version=etag)
     assert (renamed.version, renamed.name, renamed.phone) == (2, "John Roe", None)
     with pytest.raises(VersionMismatch) as mismatch:
-        await client.users.update(user.id, name="Too late", if_match=etag)
+        await client.users.update(user.id, name="Too late", if_version=etag)
     assert (mismatch.value.status, mismatch.value.code) == (412, ErrorCode.VERSION_MISMATCH)
     _, current = await client.users.get_with_etag(user.id)
     assert mismatch.value.etag == current != etag
@@ -67,7 +67,7 @@ async def test_life_of_a_user(client: UserServiceClient) -> None:
         muted_until=datetime(2030, 1, 1, tzinfo=UTC),
         categories={"marketing": CategoryUpdate(email=False)},
         consent=Consent(source="settings_page", policy_version="2026-05"),
-        if_match=current,
+        if_version=current,
     )
     assert preferences.effective_timezone == "Europe/Warsaw"
     assert preferences.categories["marketing"].email is False
@@ -75,7 +75,7 @@ async def test_life_of_a_user(client: UserServiceClient) -> None:
     shown, etag_of_preferences = await client.preferences.get_with_etag(user.id)
     assert shown == preferences == await client.preferences.get(user.id)
     with pytest.raises(VersionMismatch):
-        await client.preferences.update(user.id, push=True, if_match=current)
+        await client.preferences.update(user.id, push=True, if_version=current)
     assert (await client.preferences.update(user.id, muted_until=None)).muted_until is None
 
     history = [revision async for revision in client.preferences.history(user.id, page_size=2)]
@@ -95,7 +95,7 @@ async def test_life_of_a_user(client: UserServiceClient) -> None:
     assert {device.id for device in await client.devices.list(user.id)} == {tablet.id, phone.id}
     assert [device.id for device in (await client.users.get(user.id)).devices] == [phone.id]
     with pytest.raises(VersionMismatch):
-        await client.devices.remove(user.id, phone.id, if_match=etag_of_preferences)
+        await client.devices.remove(user.id, phone.id, if_version=etag_of_preferences)
     await client.devices.remove(user.id, phone.id)
     with pytest.raises(NotFound) as no_device:
         await client.devices.remove(user.id, phone.id)

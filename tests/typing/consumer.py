@@ -54,7 +54,7 @@ async def consume(user_id: str, device_id: UUID, name: str | None) -> None:
             user_id,
             name=UNSET if name is None else name,
             phone=None,
-            if_match='"e.f.3"',
+            if_version='"e.f.3"',
             headers={"X-Min-Version": "3"},
         )
         await client.users.set_password(user_id, "new password", current_password="old password")
@@ -74,7 +74,7 @@ async def consume(user_id: str, device_id: UUID, name: str | None) -> None:
         assert_type(device, DeviceDetails)
         assert_type(await client.devices.list(user_id), tuple[DeviceDetails, ...])
         await client.devices.update(user_id, device_id, active=False)
-        await client.devices.remove(user_id, device_id, if_match=None)
+        await client.devices.remove(user_id, device_id, if_version=None)
         assert_type(await client.health(), Health)
 
 
@@ -82,7 +82,7 @@ async def misuse(client: UserServiceClient, user_id: str) -> None:
     """What must not type-check: an unused ignore is an error, too."""
     await client.users.get(3)  # type: ignore[arg-type]
     await client.users.get(user_id, retry=1)  # type: ignore[call-arg]
-    await client.users.get(user_id, if_match="x")  # type: ignore[call-arg]
+    await client.users.get(user_id, if_version="x")  # type: ignore[call-arg]
     await client.users.update(user_id, name=None)  # type: ignore[arg-type]
     await client.preferences.update(user_id, pusch=False)  # type: ignore[call-arg]
     await client.devices.register(user_id, token="t", platform="fax")  # type: ignore[arg-type]

@@ -2,10 +2,11 @@
 
     async with UserServiceClient("http://user-service:3001", api_key=key) as client:
         user = await client.users.create(name="Ann", email="ann@example.com", password=password)
+        user = await client.users.get(user.id)  # from the client's own copies, once read
         await client.devices.register(user.id, token=token, platform="ios")
         await client.preferences.update(user.id, push=False, timezone=None)  # None clears
         user, etag = await client.users.get_with_etag(user.id)
-        await client.users.update(user.id, name="Anna", if_match=etag)  # or VersionMismatch
+        await client.users.update(user.id, name="Anna", if_version=etag)  # or VersionMismatch
         batch = await client.users.get_many(ids)  # batch.users in order, batch.missing
         async for user in client.users.list():
             print(user.id, user.preferences.email, [d.token for d in user.devices])
@@ -19,6 +20,9 @@ from msgspec import UNSET, UnsetType
 from user_service_schemas import (
     BatchOfUsers,
     CategoryUpdate,
+    Change,
+    ChangeKind,
+    Changes,
     Channels,
     Consent,
     Dependency,
@@ -35,11 +39,16 @@ from user_service_schemas import (
     User,
 )
 
-from user_service_client._calls import ApiKey, CallOptions, Id, WriteOptions
+from user_service_client._cache import CachedUser, CacheOptions, CacheStats
+from user_service_client._calls import ApiKey, CallOptions, CreateOptions, Id, WriteOptions
+from user_service_client._clock import Clock
+from user_service_client._deadline import deadline_scope
+from user_service_client._stream import ClientStatus
 from user_service_client.client import UserServiceClient
 from user_service_client.errors import (
     ApiError,
     BadRequest,
+    CircuitOpen,
     Conflict,
     DeadlineExceeded,
     DecodeError,
@@ -54,18 +63,41 @@ from user_service_client.errors import (
     UserServiceError,
     VersionMismatch,
 )
+from user_service_client.hooks import (
+    AttemptEvent,
+    CacheEvent,
+    CacheResult,
+    Hooks,
+    RetryEvent,
+    StreamEvent,
+    StreamState,
+    Tracing,
+)
 
 __all__ = [
     "UNSET",
     "ApiError",
     "ApiKey",
+    "AttemptEvent",
     "BadRequest",
     "BatchOfUsers",
+    "CacheEvent",
+    "CacheOptions",
+    "CacheResult",
+    "CacheStats",
+    "CachedUser",
     "CallOptions",
     "CategoryUpdate",
+    "Change",
+    "ChangeKind",
+    "Changes",
     "Channels",
+    "CircuitOpen",
+    "ClientStatus",
+    "Clock",
     "Conflict",
     "Consent",
+    "CreateOptions",
     "DeadlineExceeded",
     "DecodeError",
     "Dependency",
@@ -75,6 +107,7 @@ __all__ = [
     "FieldError",
     "Forbidden",
     "Health",
+    "Hooks",
     "Id",
     "Invalid",
     "MaybeProcessed",
@@ -86,7 +119,11 @@ __all__ = [
     "PreferencesRevision",
     "PreferencesUpdate",
     "RateLimited",
+    "RetryEvent",
     "ServerError",
+    "StreamEvent",
+    "StreamState",
+    "Tracing",
     "Unauthenticated",
     "UnsetType",
     "User",
@@ -94,4 +131,5 @@ __all__ = [
     "UserServiceError",
     "VersionMismatch",
     "WriteOptions",
+    "deadline_scope",
 ]

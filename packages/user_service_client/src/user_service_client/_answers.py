@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TypeVar
 
+import httpx
 import msgspec
 from user_service_schemas import Envelope, Error
 
@@ -15,6 +17,7 @@ from user_service_client._transport import Reply
 from user_service_client.errors import ApiError, DecodeError, error_class
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 _REFUSAL = msgspec.json.Decoder(Envelope[object])
 _SHOWABLE = re.compile(r"[A-Za-z0-9_.\[\]?-]{1,200}")
@@ -29,47 +32,56 @@ class Answer:
     Attributes:
         operation: The method that was called, such as `users.get`.
         sent_id: The request id that the call was sent with.
-        elapsed: Seconds from the start of the call.
     """
 
     operation: str
     reply: Reply
     sent_id: str
-    elapsed: float
+
+    @classmethod
+    def of(cls, operation: str, response: httpx.Response, sent_id: str) -> Answer:
+        """Return the answer that a response is, which was read."""
+        reply = Reply(response.status_code, response.headers, response.content)
+        return cls(operation, reply, sent_id)
 
     @property
     def status(self) -> int:
         """The HTTP status."""
         return self.reply.status
 
-    def check(self) -> None:
-        """Raise the `ApiError` of the status unless it tells of success."""
-        if not 200 <= self.status < 300:
-            raise self.error()
+    @property
+    def is_success(self) -> bool:
+        """Whether the status tells of success."""
+        return 200 <= self.status < 300
+
+    @property
+    def etag(self) -> str | None:
+        """The ETag, if there is one."""
+        etag: str | None = self.reply.headers.get("ETag")
+        return etag
+
+    def known_etag(self) -> str:
+        """Return the ETag; raises `DecodeError` if there is none."""
+        if self.etag is None:
+            raise self._undecodable("no ETag")
+        return self.etag
 
     def data(self, decoder: msgspec.json.Decoder[Envelope[T]]) -> T:
-        """Return the data of a success; raises `ApiError` or `DecodeError`."""
-        self.check()
-        return self.decode(decoder)
+        """Return the data; raises `DecodeError`."""
+        data = self.decoded(decoder.decode, self.reply.body).data
+        if data is None:
+            raise self._undecodable("no data")
+        return data
 
-    def etag(self) -> str:
-        """Return the ETag; raises `DecodeError` if there is none."""
-        if "ETag" not in self.reply.headers:
-            raise self._undecodable("no ETag")
-        return self.reply.headers["ETag"]
-
-    def decode(self, decoder: msgspec.json.Decoder[Envelope[T]]) -> T:
-        """Return the data, whatever the status; raises `DecodeError`."""
+    def decoded(self, decode: Callable[[bytes | msgspec.Raw], U], part: bytes | msgspec.Raw) -> U:
+        """Return what a part of the body decodes to; raises `DecodeError`."""
         try:
-            data = decoder.decode(self.reply.body).data
+            return decode(part)
         except msgspec.MsgspecError as error:
             # its text gives types and the path, never a value
             raise self._undecodable(str(error)) from None
         except (UnicodeDecodeError, RecursionError) as error:
             raise self._undecodable(type(error).__name__) from None
-        if data is None:
-            raise self._undecodable("no data")
-        return data
 
     def error(self) -> ApiError:
         """Return the error of a refusal, also of one that no envelope tells of."""
@@ -86,7 +98,6 @@ class Answer:
             code=code,
             request_id=request_id,
             status=self.status,
-            elapsed=self.elapsed,
             details=details,
             etag=self.reply.headers.get("ETag"),
             retry_after=_seconds(self.reply.headers.get("Retry-After", "")),
@@ -103,12 +114,12 @@ class Answer:
         return _showable(named or "") or self.sent_id
 
     def _undecodable(self, reason: str) -> DecodeError:
+        """Return the error of an answer that is not what was asked for."""
         request_id = self._request_id()
         return DecodeError(
             f"{self.operation}: {self.status}, {reason} (request id {request_id})",
             request_id=request_id,
             status=self.status,
-            elapsed=self.elapsed,
         )
 
 

@@ -1,10 +1,10 @@
-"""One call: its address, headers and deadline. What every method of the client goes through."""
+"""One call: its address, headers, deadline and retries; every method goes through here."""
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TypeAlias, TypedDict
@@ -16,14 +16,34 @@ import msgspec
 from user_service_schemas import Request
 
 from user_service_client._answers import Answer
+from user_service_client._clock import Clock
+from user_service_client._deadline import Deadline, seconds_left_in_scope
+from user_service_client._loops import Home
+from user_service_client._retry import (
+    Breaker,
+    Budget,
+    delay_after,
+    is_outage,
+    is_retried,
+    is_throttled,
+    try_again,
+)
 from user_service_client._transport import Attempt, Transport
-from user_service_client.errors import DeadlineExceeded, UserServiceError
-
-AFTERLIFE = 0.5
-"""Seconds by which an exchange may outlive the call that it was made for."""
+from user_service_client.errors import (
+    ApiError,
+    CircuitOpen,
+    DeadlineExceeded,
+    MaybeProcessed,
+    NotSent,
+    UserServiceError,
+)
+from user_service_client.hooks import AttemptEvent, Hooks, RetryEvent, Tracing, tell
 
 ApiKey: TypeAlias = str | Callable[[], str] | Callable[[], Awaitable[str]]
-"""A service key, or a function that returns the current one; it is asked at each call."""
+"""A service key, or a function that returns the current one; it is asked at each attempt."""
+
+TICK = 0.001
+"""Seconds by which a timer of the event loop may be early."""
 
 Id: TypeAlias = str | UUID
 """The id of a user or a device."""
@@ -33,28 +53,53 @@ class CallOptions(TypedDict, total=False):
     """What every method takes as keywords.
 
     Keys:
-        timeout: The total deadline of the call in seconds; None or omitted: the client's own.
+        timeout: The total deadline of the call in seconds, with all attempts and the time between
+            them; None or omitted: the client's own.
+        retries: How often it may be tried again; None or omitted: the client's own.
         headers: Further headers; they override those that the client would send.
     """
 
     timeout: float | None
+    retries: int | None
     headers: Mapping[str, str] | None
 
 
-class WriteOptions(CallOptions, total=False):
-    """What every method that changes a user takes as keywords.
+class CreateOptions(CallOptions, total=False):
+    """What methods that create something take as keywords.
 
     Keys:
-        if_match: An ETag as `get_with_etag` returns it. The write happens only if the user's
-            version is still that one, else `VersionMismatch` is raised. None: it happens anyway.
+        idempotency_key: 1 to 255 printable characters: a write that is repeated with the same key
+            within 24 hours happens once. None or omitted: one of its own for each call, which its
+            retries share. A task queue that repeats a task passes the task's id.
     """
 
-    if_match: str | None
+    idempotency_key: str | None
 
 
-@dataclass(frozen=True, slots=True)
+class WriteOptions(CreateOptions, total=False):
+    """What methods that change something take as keywords.
+
+    Keys:
+        if_version: A version (`User.version`) or an ETag (`get_with_etag`). The write happens only
+            if the user's version is still that one, else `VersionMismatch` is raised. None: it
+            happens anyway.
+    """
+
+    if_version: int | str | None
+
+
+@dataclass(slots=True)
 class Call:
-    """What is to be called. `operation` is the method's name, such as `users.get`."""
+    """What is to be called. `operation` is the method's name, such as `users.get`.
+
+    Attributes:
+        is_write: Whether it changes something, and so carries an `Idempotency-Key`.
+        if_match: An ETag that the user must have.
+        held: The ETag of a copy that a 304 can confirm.
+        accepts: Statuses beside 2xx that are answers, and no errors.
+        min_version: The version below which a server's own copy is not to be believed.
+        deadline: When it must have ended, where somebody else may put that off.
+    """
 
     operation: str
     method: str
@@ -62,53 +107,265 @@ class Call:
     params: Mapping[str, str] = field(default_factory=dict)
     body: Request | None = field(default=None, repr=False)
     timeout: float | None = None
+    retries: int | None = None
     headers: Mapping[str, str] | None = field(default=None, repr=False)
+    is_write: bool = False
+    idempotency_key: str | None = None
     if_match: str | None = None
+    held: str | None = None
+    accepts: frozenset[int] = frozenset()
+    min_version: int = 0
+    deadline: Deadline | None = None
+
+
+class _Run:
+    """A call under way."""
+
+    __slots__ = (
+        "answer",
+        "attempts",
+        "call",
+        "deadline",
+        "headers",
+        "maybe_processed",
+        "paid",
+        "retries",
+        "started",
+    )
+
+    def __init__(
+        self, call: Call, headers: httpx.Headers, deadline: Deadline, retries: int, started: float
+    ) -> None:
+        self.call = call
+        self.headers = headers
+        self.deadline = deadline
+        self.retries = retries
+        self.started = started
+        self.attempts = 0
+        self.paid = 0
+        self.maybe_processed = False
+        self.answer: Answer
+
+    @property
+    def request_id(self) -> str:
+        request_id: str = self.headers["X-Request-ID"]
+        return request_id
 
 
 class Calls:
     """Makes calls to one service."""
 
     def __init__(
-        self, base_url: str, *, api_key: ApiKey | None, timeout: float, transport: Transport
+        self,
+        base_url: str,
+        *,
+        api_key: ApiKey | None,
+        timeout: float,
+        attempt_timeout: float,
+        retries: int,
+        transport: Transport,
+        home: Home,
+        clock: Clock,
+        hooks: Hooks,
+        tracing: Tracing,
     ) -> None:
-        self.timeout = timeout
+        # With the first client, and not at the first failure, when time is short: it takes 30 ms.
+        import tenacity  # noqa: F401, PLC0415
+
         self._base_url = _checked_base_url(base_url)
         self._api_key = _checked_key(api_key) if isinstance(api_key, str) else api_key
+        self._timeout = timeout
+        self._attempt_timeout = attempt_timeout
+        self._retries = retries
         self._transport = transport
+        self._home = home
+        self._clock = clock
+        self._hooks = hooks
+        self._tracing = tracing
+        self._budget = Budget()
+        self.breaker = Breaker(clock)
         self._user_agent = f"user-service-client/{version('user-service-client')}"
 
+    def deadline(self, timeout: float | None) -> Deadline:
+        """Return the deadline of a call that begins now."""
+        seconds = self._timeout if timeout is None else timeout
+        left = seconds_left_in_scope()
+        if left is not None:
+            seconds = min(seconds, left)
+        return Deadline(self._clock.monotonic() + seconds)
+
     async def send(self, call: Call) -> Answer:
-        """Make `call` and return the answer, whatever its status.
+        """Make `call` and return the answer: a success, or what the call `accepts`.
 
         Raises:
-            NotSent, MaybeProcessed, DeadlineExceeded, DecodeError: there is no answer.
+            UserServiceError: of whatever kind.
+            RuntimeError: the client is in use in another thread.
         """
-        started = time.monotonic()
-        headers = self._headers(call)
-        attempt = Attempt(call.operation, headers["X-Request-ID"])
-        timeout = self.timeout if call.timeout is None else call.timeout
-        deadline = asyncio.timeout(timeout)
+        self._home.enter()
+        run = _Run(
+            call,
+            self._headers(call),
+            call.deadline or self.deadline(call.timeout),
+            self._retries if call.retries is None else call.retries,
+            self._clock.monotonic(),
+        )
+        with self._tracing.call(call.operation):
+            error = await self._attempt(run)
+            if error is not None:
+                error = await self._try_again(run, error)
+            if error is not None:
+                raise self._told(run, error)
+        return run.answer
+
+    async def _try_again(self, run: _Run, first: UserServiceError) -> UserServiceError | None:
+        last: UserServiceError | None = first
+
+        async def again() -> UserServiceError | None:
+            nonlocal last
+            outcome = await self._attempt(run)
+            if not isinstance(outcome, CircuitOpen):  # which says less than what opened it
+                last = outcome
+            return outcome
+
+        def pause_before(error: UserServiceError, attempt: int) -> float | None:
+            delay = delay_after(error, attempt)
+            if self._clock.monotonic() + delay >= run.deadline.at:
+                return None
+            run.paid = self._budget.take(error)
+            if not run.paid:
+                return None
+            tell(
+                self._hooks.retry,
+                lambda: RetryEvent(run.call.operation, attempt, _reason(error), delay),
+            )
+            return delay
+
+        def pause_if_left(error: UserServiceError, attempt: int) -> float | None:
+            return pause_before(error, attempt) if attempt <= run.retries else None
+
+        if is_retried(first):
+            await try_again(first, again, pause_before=pause_if_left, sleep=self._clock.sleep)
+        return last
+
+    async def _attempt(self, run: _Run) -> UserServiceError | None:
+        """Make one attempt; returns what it failed with, or keeps the answer."""
+        started = self._clock.monotonic()
+        limit = min(self._attempt_timeout, run.deadline.at - started)
+        if limit <= 0:
+            return self._out_of_time(run)
+        admission = self.breaker.admit()
+        if admission is None:
+            return CircuitOpen(f"{run.call.operation}: not asked, since most calls fail")
+        run.attempts += 1
+        attempt = Attempt(run.call.operation, run.request_id)
+        status: int | None = None
+        failed: bool | None = None
+        error: UserServiceError | None = None
         try:
-            async with deadline:
-                if "Authorization" not in headers and self._api_key is not None:
+            error = await self._exchange(run, attempt, limit)
+            status = run.answer.status if error is None else error.status
+            failed = error is not None and is_outage(error) and not is_throttled(error)
+        finally:
+            self.breaker.ended(admission, failed)
+            tell(
+                self._hooks.attempt,
+                lambda: AttemptEvent(
+                    operation=run.call.operation,
+                    attempt=run.attempts,
+                    status=status,
+                    error=type(error).__name__ if error and not status else None,
+                    elapsed=self._clock.monotonic() - started,
+                    request_id=run.request_id,
+                ),
+            )
+        if error is None:
+            self._budget.succeeded(run.paid)
+        elif error.maybe_processed:
+            run.maybe_processed = True
+        return error
+
+    async def _exchange(self, run: _Run, attempt: Attempt, limit: float) -> UserServiceError | None:
+        call = run.call
+        expiry = asyncio.timeout(limit)
+        try:
+            async with expiry:
+                headers = run.headers
+                if self._api_key is not None and "Authorization" not in headers:
+                    headers = headers.copy()
                     headers["Authorization"] = f"Bearer {await self._key(self._api_key)}"
-                reply = await self._transport.send(self._request(call, headers, timeout), attempt)
+                with self._tracing.attempt(call.operation, run.attempts, headers) as told:
+                    request = self._request(call, headers, limit)
+                    reply = await self._transport.send(request, attempt)
+                    told(reply.status)
         except UserServiceError as error:
-            error.elapsed = time.monotonic() - started
-            raise
+            return self._in_time(run, error)
         except TimeoutError:
-            if not deadline.expired():  # then it is the key's function that raised it
+            if not expiry.expired():  # then it is the key's function that raised it
                 raise
-            sent = "maybe processed" if attempt.may_have_left else "not sent"
-            raise DeadlineExceeded(
-                f"{call.operation}: no answer within {timeout:g} s, {sent} "
-                f"(request id {attempt.request_id})",
-                maybe_processed=attempt.may_have_left,
-                request_id=attempt.request_id,
-                elapsed=time.monotonic() - started,
-            ) from None
-        return Answer(call.operation, reply, attempt.request_id, time.monotonic() - started)
+            error_class = MaybeProcessed if attempt.may_have_left else NotSent
+            return self._in_time(
+                run,
+                error_class(
+                    f"{call.operation}: no answer within {limit:g} s (request id {run.request_id})",
+                    request_id=run.request_id,
+                ),
+            )
+        answer = run.answer = Answer(call.operation, reply, run.request_id)
+        if answer.is_success or answer.status in call.accepts:
+            return None
+        refused = answer.error()
+        # An unexpected failure may have come after the commit, and a gateway does not know.
+        refused.maybe_processed = answer.status in {500, 502, 504}
+        return refused
+
+    def _in_time(self, run: _Run, error: UserServiceError) -> UserServiceError:
+        """Return the error of an attempt, or that the time of the whole call was up with it."""
+        if self._clock.monotonic() < run.deadline.at - TICK:
+            return error
+        run.maybe_processed = run.maybe_processed or error.maybe_processed
+        return self._out_of_time(run)
+
+    def _out_of_time(self, run: _Run) -> DeadlineExceeded:
+        timeout = run.deadline.at - run.started
+        sent = "maybe processed" if run.maybe_processed else "not sent"
+        return DeadlineExceeded(
+            f"{run.call.operation}: no answer within {timeout:.3g} s, {sent}"
+            f" (request id {run.request_id})",
+            request_id=run.request_id,
+            maybe_processed=run.maybe_processed,
+        )
+
+    def _told(self, run: _Run, error: UserServiceError) -> UserServiceError:
+        """Return the error of the whole call."""
+        if isinstance(error, NotSent) and run.maybe_processed:
+            # The last attempt has not left, but an earlier one has.
+            error = MaybeProcessed(str(error), request_id=run.request_id)
+        error.attempts = run.attempts
+        error.elapsed = self._clock.monotonic() - run.started
+        error.maybe_processed = error.maybe_processed or run.maybe_processed
+        return error
+
+    @asynccontextmanager
+    async def stream(self, call: Call) -> AsyncIterator[httpx.Response]:
+        """Make one attempt at a call whose answer has no end, and give the answer.
+
+        Nothing of it is bounded in time.
+
+        Raises:
+            ApiError: the service refuses.
+            NotSent, MaybeProcessed: it cannot be reached.
+        """
+        self._home.enter()
+        headers = self._headers(call)
+        if self._api_key is not None and "Authorization" not in headers:
+            headers["Authorization"] = f"Bearer {await self._key(self._api_key)}"
+        attempt = Attempt(call.operation, headers["X-Request-ID"])
+        request = self._request(call, headers, None)
+        async with self._transport.stream(request, attempt) as response:
+            if response.status_code != 200:
+                await response.aread()
+                raise Answer.of(call.operation, response, attempt.request_id).error()
+            yield response
 
     def _headers(self, call: Call) -> httpx.Headers:
         headers = httpx.Headers(
@@ -121,21 +378,25 @@ class Calls:
         )
         if call.body is not None:
             headers["Content-Type"] = "application/json"
+        if call.is_write:
+            headers["Idempotency-Key"] = call.idempotency_key or uuid4().hex
         if call.if_match is not None:
             headers["If-Match"] = call.if_match
+        if call.held is not None:
+            headers["If-None-Match"] = call.held
+        if call.min_version:
+            headers["X-Min-Version"] = str(call.min_version)
         headers.update(call.headers)
         return headers
 
-    def _request(self, call: Call, headers: httpx.Headers, timeout: float) -> httpx.Request:
-        # For an exchange whose call was given up: the deadline of the call itself comes sooner.
-        limits = dict.fromkeys(("connect", "read", "write", "pool"), timeout + AFTERLIFE)
+    def _request(self, call: Call, headers: httpx.Headers, limit: float | None) -> httpx.Request:
         query = f"?{urlencode(call.params)}" if call.params else ""
         return httpx.Request(
             call.method,
             f"{self._base_url}{call.path}{query}",
             headers=headers,
             content=None if call.body is None else msgspec.json.encode(call.body),
-            extensions={"timeout": limits},
+            extensions={"timeout": dict.fromkeys(("connect", "read", "write", "pool"), limit)},
         )
 
     @staticmethod
@@ -145,9 +406,14 @@ class Calls:
         made = key()
         return _checked_key(made if isinstance(made, str) else await made)
 
-    async def aclose(self) -> None:
-        """Close the connections."""
-        await self._transport.aclose()
+
+def _reason(error: UserServiceError) -> str:
+    return str(error.status) if isinstance(error, ApiError) else type(error).__name__
+
+
+def id_text(id_: Id) -> str:
+    """Return an id as the service writes it."""
+    return id_.lower() if isinstance(id_, str) else str(id_)
 
 
 def user_path(user_id: Id, rest: str = "") -> str:

@@ -16,6 +16,7 @@ from user_service_client._calls import (
     segment,
     user_path,
 )
+from user_service_client._writes import Writes
 
 _DEVICE = msgspec.json.Decoder(Envelope[DeviceDetails])
 _DEVICES = msgspec.json.Decoder(Envelope[tuple[DeviceDetails, ...]])
@@ -24,8 +25,9 @@ _DEVICES = msgspec.json.Decoder(Envelope[tuple[DeviceDetails, ...]])
 class Devices:
     """The devices of users. Options and errors are as at `Users`."""
 
-    def __init__(self, calls: Calls) -> None:
+    def __init__(self, calls: Calls, writes: Writes) -> None:
         self._calls = calls
+        self._writes = writes
 
     async def list(self, user_id: Id, **options: Unpack[CallOptions]) -> tuple[DeviceDetails, ...]:
         """Return all devices of a user, active or not; `User.devices` has the active ones.
@@ -62,12 +64,11 @@ class Devices:
         Raises:
             NotFound: nobody has this id.
             Invalid: `details` names every bad field.
-            VersionMismatch: the version is not that of `if_match`.
+            VersionMismatch: the version is not that of `if_version`.
         """
         body = RegisterDevice(token=token, platform=platform, app=app, active=active)
-        path = user_path(user_id, "/devices")
-        answer = await self._calls.send(
-            Call("devices.register", "POST", path, body=body, **options)
+        answer = await self._writes.send(
+            "devices.register", "POST", user_id, options, rest="/devices", body=body
         )
         return answer.data(_DEVICE)
 
@@ -78,11 +79,13 @@ class Devices:
 
         Raises:
             NotFound: nobody has this id, or the user has no such device.
-            VersionMismatch: the version is not that of `if_match`.
+            VersionMismatch: the version is not that of `if_version`.
         """
-        path = user_path(user_id, f"/devices/{segment(device_id)}")
+        rest = f"/devices/{segment(device_id)}"
         body = DeviceUpdate(active=active)
-        answer = await self._calls.send(Call("devices.update", "PATCH", path, body=body, **options))
+        answer = await self._writes.send(
+            "devices.update", "PATCH", user_id, options, rest=rest, body=body
+        )
         return answer.data(_DEVICE)
 
     async def remove(self, user_id: Id, device_id: Id, **options: Unpack[WriteOptions]) -> None:
@@ -90,8 +93,7 @@ class Devices:
 
         Raises:
             NotFound: nobody has this id, or the user has no such device.
-            VersionMismatch: the version is not that of `if_match`.
+            VersionMismatch: the version is not that of `if_version`.
         """
-        path = user_path(user_id, f"/devices/{segment(device_id)}")
-        answer = await self._calls.send(Call("devices.remove", "DELETE", path, **options))
-        answer.check()
+        rest = f"/devices/{segment(device_id)}"
+        await self._writes.send("devices.remove", "DELETE", user_id, options, rest=rest)

@@ -13,9 +13,9 @@ _HEALTH = msgspec.json.Decoder(Envelope[Health])
 
 def read_health(answer: Answer) -> Health:
     """Return what the service says, also when that is a 503 with which it says `unhealthy`."""
-    if answer.status != 503:
-        return answer.data(_HEALTH)
     try:
-        return answer.decode(_HEALTH)
-    except DecodeError:  # a proxy's 503 says nothing of the dependencies
-        raise answer.error() from None
+        return answer.data(_HEALTH)
+    except DecodeError:
+        if answer.status == 503:  # a proxy's, which says nothing of the dependencies
+            raise answer.error() from None
+        raise

@@ -27,6 +27,7 @@ from user_service_client._calls import (
     page_params,
     user_path,
 )
+from user_service_client._writes import Writes
 
 _PREFERENCES = msgspec.json.Decoder(Envelope[Preferences])
 _HISTORY = msgspec.json.Decoder(Envelope[Page[PreferencesRevision]])
@@ -35,11 +36,14 @@ _HISTORY = msgspec.json.Decoder(Envelope[Page[PreferencesRevision]])
 class PreferencesOfUsers:
     """The preferences of users. Options and errors are as at `Users`."""
 
-    def __init__(self, calls: Calls) -> None:
+    def __init__(self, calls: Calls, writes: Writes) -> None:
         self._calls = calls
+        self._writes = writes
 
     async def get(self, user_id: Id, **options: Unpack[CallOptions]) -> Preferences:
-        """Return a user's preferences, as `User.preferences` has them.
+        """Return a user's preferences as the service has them now, past the client's own copies.
+
+        `users.get(user_id).preferences` has the same, and comes from them.
 
         Raises:
             NotFound: nobody has this id.
@@ -49,13 +53,13 @@ class PreferencesOfUsers:
     async def get_with_etag(
         self, user_id: Id, **options: Unpack[CallOptions]
     ) -> tuple[Preferences, str]:
-        """Return a user's preferences and the user's ETag, which a write takes as `if_match`.
+        """Return a user's preferences and the user's ETag, which a write takes as `if_version`.
 
         Raises:
             NotFound: nobody has this id.
         """
         answer = await self._read(user_id, **options)
-        return answer.data(_PREFERENCES), answer.etag()
+        return answer.data(_PREFERENCES), answer.known_etag()
 
     async def _read(self, user_id: Id, **options: Unpack[CallOptions]) -> Answer:
         path = user_path(user_id, "/preferences")
@@ -92,7 +96,7 @@ class PreferencesOfUsers:
         Raises:
             NotFound: nobody has this id.
             Invalid: `details` names every bad field.
-            VersionMismatch: the version is not that of `if_match`.
+            VersionMismatch: the version is not that of `if_version`.
         """
         body = PreferencesUpdate(
             email=email,
@@ -104,9 +108,8 @@ class PreferencesOfUsers:
             categories=dict(categories) if isinstance(categories, Mapping) else categories,
             consent=consent,
         )
-        path = user_path(user_id, "/preferences")
-        answer = await self._calls.send(
-            Call("preferences.update", "PATCH", path, body=body, **options)
+        answer = await self._writes.send(
+            "preferences.update", "PATCH", user_id, options, rest="/preferences", body=body
         )
         return answer.data(_PREFERENCES)
 

@@ -76,6 +76,7 @@ class Store(Generic[E]):
         self._max_entries = max_entries
         self._max_bytes = max_bytes
         self.evictions = 0
+        self.entries: dict[str, E] = {}
         self.clear()
 
     def __len__(self) -> int:
@@ -83,7 +84,7 @@ class Store(Generic[E]):
 
     def clear(self) -> None:
         """Forget everything but the number of evictions."""
-        self.entries: dict[str, E] = {}
+        self.entries.clear()  # and no new one: readers keep it at hand
         self.bytes = 0
         # The queues hold keys, not entries, so that a removed document is freed at once. Each key
         # is in one queue, once, and either in `entries` or in `_vacant`.

@@ -5,17 +5,17 @@ The only module that knows what httpx transports raise.
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import httpx
 
+from user_service_client._loops import Home
 from user_service_client.errors import DecodeError, MaybeProcessed, NotSent, UserServiceError
 
-MAX_CONNECTIONS = 100
-KEEPALIVE_EXPIRY = 30.0
-"""Seconds that an idle connection is kept: less than the 60 s after which load balancers drop one,
-since a request on a connection that is just being dropped counts as maybe processed."""
+TransportFactory: TypeAlias = Callable[[], httpx.AsyncBaseTransport]
 
 _NOT_SENT = (
     httpx.ConnectError,
@@ -26,6 +26,14 @@ _NOT_SENT = (
 )
 """What can only be raised before the first byte of a request. Not `LocalProtocolError`: HTTP/2
 transports raise it in the middle of an exchange, too."""
+
+
+@runtime_checkable
+class LoopBound(Protocol):
+    """A transport of ours: it tells when a request leaves, and can be left to its event loop."""
+
+    def abandon(self) -> None:
+        """Forget the connections, without an event loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +52,8 @@ class Attempt:
         may_have_left: Whether a byte of the request may have been sent.
     """
 
+    __slots__ = ("may_have_left", "operation", "request_id")
+
     def __init__(self, operation: str, request_id: str) -> None:
         self.operation = operation
         self.request_id = request_id
@@ -60,22 +70,27 @@ class Transport:
 
     The transport is used without `httpx.AsyncClient`: that would add redirects, cookies and the
     proxies of the environment, none of which a call inside a cluster should follow.
+
+    Its own is backed by aiohttp: a call that is cancelled inside httpx' pool (httpcore 1.0) can
+    leave a connection that nobody opens or closes, until none is left (encode/httpcore#1093).
     """
 
-    def __init__(self, transport: httpx.AsyncBaseTransport | None) -> None:
-        self._reports = transport is None
-        self._transport = transport or httpx.AsyncHTTPTransport(
-            limits=httpx.Limits(
-                max_connections=MAX_CONNECTIONS,
-                max_keepalive_connections=MAX_CONNECTIONS,
-                keepalive_expiry=KEEPALIVE_EXPIRY,
-            )
-        )
-        # A request that is cancelled inside httpcore 1.0.9, in its queue or in an exchange, can
-        # leave a connection that nobody opens or closes, until none is left (encode/httpcore#1093).
-        # So nothing waits in its queue, and an exchange goes on without its cancelled call.
-        self._slots = asyncio.Semaphore(MAX_CONNECTIONS)
-        self._exchanges: set[asyncio.Task[Reply]] = set()
+    def __init__(
+        self, transport: httpx.AsyncBaseTransport | TransportFactory | None, home: Home
+    ) -> None:
+        self._given: httpx.AsyncBaseTransport | None = None
+        if isinstance(transport, httpx.AsyncBaseTransport):
+            given = self._given = transport
+            self._make: TransportFactory = lambda: given
+        else:
+            self._make = transport or _default_transport()
+        self._current: httpx.AsyncBaseTransport | None = self._given
+        home.on_move(self.abandon)
+
+    @property
+    def has_connections(self) -> bool:
+        """Whether there may be connections that are its own."""
+        return self._given is None and self._current is not None
 
     async def send(self, request: httpx.Request, attempt: Attempt) -> Reply:
         """Send `request` and return the answer, whatever its status.
@@ -85,55 +100,68 @@ class Transport:
             MaybeProcessed: no whole answer came back.
             DecodeError: the answer's content coding is broken.
         """
-        if self._reports:
-            request.extensions["trace"] = attempt.trace
-        else:
-            attempt.may_have_left = True
-        try:
-            return await (self._undisturbed(request) if self._reports else self._exchange(request))
-        except _NOT_SENT as error:
-            raise self._failed(NotSent, attempt, error) from error
-        except httpx.DecodingError as error:
-            raise self._failed(DecodeError, attempt, error) from error
-        except httpx.LocalProtocolError as error:
-            # h11 quotes a header that it refuses, and that may be the key
-            raise self._failed(MaybeProcessed, attempt, error) from None
-        except (httpx.HTTPError, OSError) as error:
-            raise self._failed(MaybeProcessed, attempt, error) from error
-
-    async def _undisturbed(self, request: httpx.Request) -> Reply:
-        """Exchange in a task of its own, which a cancelled call leaves to end by its time-outs."""
-        await self._slots.acquire()
-        exchange = asyncio.create_task(self._exchange(request))
-        self._exchanges.add(exchange)
-        exchange.add_done_callback(self._ended)
-        return await asyncio.shield(exchange)
-
-    def _ended(self, exchange: asyncio.Task[Reply]) -> None:
-        self._slots.release()
-        self._exchanges.discard(exchange)
-        if not exchange.cancelled():
-            exchange.exception()  # of a call that was cancelled, nobody asks for it
-
-    async def _exchange(self, request: httpx.Request) -> Reply:
-        response = await self._transport.handle_async_request(request)
-        response.request = request
-        try:
+        async with self.stream(request, attempt) as response:
             body = await response.aread()
-        finally:
-            await response.aclose()
         return Reply(status=response.status_code, headers=response.headers, body=body)
 
-    @staticmethod
-    def _failed(
-        error_class: type[UserServiceError], attempt: Attempt, error: Exception
-    ) -> UserServiceError:
-        return error_class(
-            f"{attempt.operation}: {type(error).__name__} (request id {attempt.request_id})",
-            request_id=attempt.request_id,
-        )
+    @asynccontextmanager
+    async def stream(
+        self, request: httpx.Request, attempt: Attempt
+    ) -> AsyncIterator[httpx.Response]:
+        """Send `request` and give the answer, to be read; raises as `send`."""
+        transport = self._transport()
+        if isinstance(transport, httpx.AsyncHTTPTransport | LoopBound):
+            request.extensions["trace"] = attempt.trace
+        else:
+            attempt.may_have_left = True  # of others nobody knows when a request leaves
+        try:
+            response = await transport.handle_async_request(request)
+            response.request = request
+            try:
+                yield response
+            finally:
+                await response.aclose()
+        except _NOT_SENT as error:
+            raise _failed(NotSent, attempt, error) from error
+        except httpx.DecodingError as error:
+            raise _failed(DecodeError, attempt, error) from error
+        except httpx.LocalProtocolError as error:
+            # h11 quotes a header that it refuses, and that may be the key
+            raise _failed(MaybeProcessed, attempt, error) from None
+        except (httpx.HTTPError, httpx.StreamError, OSError) as error:
+            raise _failed(MaybeProcessed, attempt, error) from error
+
+    def _transport(self) -> httpx.AsyncBaseTransport:
+        if self._current is None:
+            self._current = self._make()
+        return self._current
+
+    def abandon(self) -> None:
+        """Let go of connections of another loop or process; one that was passed in stays."""
+        if self._given is None:
+            # Those of httpx have nothing that could be let go of without their loop.
+            if isinstance(self._current, LoopBound):
+                self._current.abandon()
+            self._current = None
 
     async def aclose(self) -> None:
         """Close the connections, and with them what is still under way."""
-        await self._transport.aclose()
-        await asyncio.gather(*self._exchanges, return_exceptions=True)
+        if self._current is not None:
+            await self._current.aclose()
+            self._current = self._given
+
+
+def _default_transport() -> TransportFactory:
+    # With the first client, and not with the package: importing aiohttp takes 100 ms.
+    from user_service_client._aiohttp import AiohttpTransport  # noqa: PLC0415
+
+    return AiohttpTransport
+
+
+def _failed(
+    error_class: type[UserServiceError], attempt: Attempt, error: Exception
+) -> UserServiceError:
+    return error_class(
+        f"{attempt.operation}: {type(error).__name__} (request id {attempt.request_id})",
+        request_id=attempt.request_id,
+    )

@@ -4,6 +4,7 @@
   x NotSent             the request never left
   x MaybeProcessed      it left, and no whole answer came back
   x DeadlineExceeded    the call's time was up; `maybe_processed` says which of the two it is
+  x CircuitOpen         the service has failed so often just now that it was not asked
   x DecodeError         an answer came that does not read as what was asked for
   x ApiError            the service, or a proxy before it, refused
     + BadRequest        400
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Self
 
 from user_service_schemas import FieldError
 
@@ -35,7 +37,10 @@ class UserServiceError(Exception):
             None where the service itself did not answer.
         request_id: What to look for in the service's logs; also known where no answer came.
         status: The HTTP status, None where no answer came.
+        attempts: How often the service was asked.
         elapsed: Seconds from the start of the call.
+        maybe_processed: Whether a write may have happened: an attempt left, and what became of it
+            is not known. Repeat it with the same `idempotency_key`, and it happens once.
     """
 
     def __init__(
@@ -45,13 +50,20 @@ class UserServiceError(Exception):
         code: str | None = None,
         request_id: str | None = None,
         status: int | None = None,
+        attempts: int = 1,
         elapsed: float = 0.0,
+        maybe_processed: bool = False,
     ) -> None:
         super().__init__(message)
         self.code = code
         self.request_id = request_id
         self.status = status
+        self.attempts = attempts
         self.elapsed = elapsed
+        self.maybe_processed = maybe_processed
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str], dict[str, object]]:
+        return type(self), (str(self),), self.__dict__
 
 
 class NotSent(UserServiceError):
@@ -61,25 +73,41 @@ class NotSent(UserServiceError):
 class MaybeProcessed(UserServiceError):
     """The request left, and no whole answer came back: a write may have happened."""
 
-
-class DeadlineExceeded(UserServiceError):
-    """The time of the call was up.
-
-    Attributes:
-        maybe_processed: False if the request had certainly not left yet, so that repeating it is
-            safe. Of a transport that was passed in nothing is known, and it is always true.
-    """
-
     def __init__(
         self,
         message: str,
         *,
-        maybe_processed: bool = True,
+        code: str | None = None,
         request_id: str | None = None,
+        status: int | None = None,
+        attempts: int = 1,
         elapsed: float = 0.0,
+        maybe_processed: bool = True,
     ) -> None:
-        super().__init__(message, request_id=request_id, elapsed=elapsed)
-        self.maybe_processed = maybe_processed
+        super().__init__(
+            message,
+            code=code,
+            request_id=request_id,
+            status=status,
+            attempts=attempts,
+            elapsed=elapsed,
+            maybe_processed=maybe_processed,
+        )
+
+
+class DeadlineExceeded(UserServiceError):
+    """The time of the call was up.
+
+    `maybe_processed` is False if the request had certainly not left yet, so that repeating it is
+    safe. Of a transport that was passed in nothing is known, and it is always true.
+    """
+
+
+class CircuitOpen(UserServiceError):
+    """The service was not asked: most calls of the last seconds have failed.
+
+    One call in five seconds is let through to see whether it is back.
+    """
 
 
 class DecodeError(UserServiceError):
@@ -105,12 +133,22 @@ class ApiError(UserServiceError):
         code: str | None = None,
         request_id: str | None = None,
         status: int | None = None,
+        attempts: int = 1,
         elapsed: float = 0.0,
+        maybe_processed: bool = False,
         details: tuple[FieldError, ...] = (),
         etag: str | None = None,
         retry_after: float | None = None,
     ) -> None:
-        super().__init__(message, code=code, request_id=request_id, status=status, elapsed=elapsed)
+        super().__init__(
+            message,
+            code=code,
+            request_id=request_id,
+            status=status,
+            attempts=attempts,
+            elapsed=elapsed,
+            maybe_processed=maybe_processed,
+        )
         self.details = details
         self.etag = etag
         self.retry_after = retry_after
@@ -133,11 +171,11 @@ class NotFound(ApiError):
 
 
 class Conflict(ApiError):
-    """409: `email_taken` or `external_id_taken`."""
+    """409: `email_taken` or `external_id_taken`, or a write that is still under way."""
 
 
 class VersionMismatch(ApiError):
-    """412: the user has changed since the `if_match` was read. `etag` is the current one."""
+    """412: the user has changed since the `if_version` was read. `etag` is the current one."""
 
 
 class Invalid(ApiError):

@@ -64,11 +64,14 @@ def not_modified(etag: str) -> ASGIResponse:
 
 
 def documents_answer(
-    field: str, documents: Sequence[bytes], rest: bytes, message: str
+    field: str, documents: Sequence[bytes], rest: bytes, message: str, tag: str
 ) -> ASGIResponse:
-    """Answer with many encoded documents as the list `field`, followed by `rest`."""
+    """Answer with many encoded documents as the list `field`, followed by `rest`.
+
+    `tag` is what the entity tag of each begins with: whoever keeps one can ask for it again.
+    """
     data = b'{"%b":[%b]%b}' % (field.encode(), b",".join(documents), rest)
-    return answer(msgspec.Raw(data), message)
+    return answer(msgspec.Raw(data), message, headers=[("X-Document-Tag", tag)])
 
 
 def error_answer(error: ServiceError, *, request_id: str, accept: str = "") -> Response[bytes]:

@@ -250,9 +250,14 @@ class Documents:
         """The epoch of the database."""
         return self.state.epoch
 
+    @property
+    def tag(self) -> str:
+        """What the entity tags of all documents begin with: `<epoch>.<format>`."""
+        return f"{self.state.epoch}.{self.shape.format}"
+
     def etag(self, version: int) -> str:
         """Return the entity tag of a version: `"<epoch>.<format>.<version>"`."""
-        return f'"{self.state.epoch}.{self.shape.format}.{version}"'
+        return f'"{self.tag}.{version}"'
 
     async def get(self, user_id: str, min_version: int = 0) -> StoredDocument:
         """Return a user's document, from the cache if it is there.

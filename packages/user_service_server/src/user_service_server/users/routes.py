@@ -135,7 +135,8 @@ def users_router(users: Users, documents: Documents, idempotency: Idempotency) -
         found = await users.get_many(ids)
         missing = msgspec.json.encode([user_id for user_id in ids if user_id not in found])
         bodies = [found[user_id].body for user_id in ids if user_id in found]
-        return documents_answer("users", bodies, b',"missing":' + missing, "Users retrieved")
+        rest = b',"missing":' + missing
+        return documents_answer("users", bodies, rest, "Users retrieved", documents.tag)
 
     @route(
         "/{user_id:str}",

@@ -1,0 +1,721 @@
+"""The client's own copies of users: how old one may be, what it is confirmed by, and what ends it.
+
+A copy is fresh for some seconds, or, with a live stream, until a change is heard of. Every version
+that is heard of, from the stream or as the answer to a write, is a floor: a copy below it is not
+believed, wherever it comes from, so that a server that lags behind does not bring it back.
+Compare LaunchDarkly's version-gated store and Caffeine's `refreshAfterWrite`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+from itertools import islice
+from sys import intern
+from typing import NamedTuple, Protocol
+
+from user_service_schemas import MAX_BATCH, ErrorCode, User
+
+from user_service_client._calls import CallOptions
+from user_service_client._clock import Clock
+from user_service_client._deadline import Deadline
+from user_service_client._loops import Home
+from user_service_client._retry import is_outage
+from user_service_client._store import MAX_FREQ, Store, Stored
+from user_service_client.errors import (
+    DeadlineExceeded,
+    DecodeError,
+    NotFound,
+    UserServiceError,
+)
+from user_service_client.hooks import CacheEvent, CacheResult, Hooks, tell
+
+UNKNOWN_FOR = 5.0
+"""Seconds for which it is remembered that nobody has an id."""
+MAX_UNKNOWN = 10_000
+FLOOR_FOR = 60.0
+"""Seconds for which a version that was heard of is remembered: much longer than servers may lag
+behind one another (1 s under faults, 20 ms otherwise)."""
+MAX_FLOORS = 100_000
+ABOVE_ALL = 10**17
+"""A version that no user has: what Postgres says is believed, and nothing else."""
+LAG = 2.0
+"""Seconds after a stream began from which what is read is covered by it: what a server read just
+before may be older than the first event."""
+COMPLETE_FOR = 30.0
+"""Seconds that the stream's `through` may be behind."""
+TTL_JITTER = 0.1
+GRACE = 0.02
+"""Seconds by which who waits for a request lets it say itself that its time was up."""
+TRIES = 3
+"""How often a read is repeated whose answer was overtaken."""
+REFRESHES_AT_ONCE = 16
+REFRESHES_A_SECOND = 200
+"""How many old copies are revalidated in the background: after an outage, all are old together."""
+BATCHES_AT_ONCE = 4
+MAX_PAST_EPOCHS = 16
+
+_TAG = re.compile(r'(?:W/)?"([0-9a-f]+)\.([0-9a-f]+)\.([0-9]{1,18})"')
+_log = logging.getLogger("user_service_client")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheOptions:
+    """How the client keeps users.
+
+    Attributes:
+        max_documents: How many.
+        max_bytes: How many, as the sum of their JSON; in memory they take about twice of it.
+        fresh_for: Seconds for which a copy is used without asking, where nothing tells of changes.
+        max_stale: Seconds for which a copy is used while it is revalidated in the background, or
+            while the service cannot be reached.
+    """
+
+    max_documents: int = 50_000
+    max_bytes: int = 128 * 1024 * 1024
+    fresh_for: float = 30.0
+    max_stale: float = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """What the cache did since the client was made.
+
+    Attributes:
+        hits: Reads answered with a fresh copy.
+        stale: Reads answered with an old one, within the ages that are allowed.
+        misses: Reads that asked the service, or joined one that did.
+        unknown: Reads of an id of which it was known that nobody has it.
+        confirmed: Copies that a 304 made fresh again.
+        invalidated: Copies that ended since a later version was heard of.
+        overtaken: Answers that were older than what was heard of meanwhile, and were dropped.
+        evicted: Copies that went since there were too many.
+        documents: Copies that are kept now.
+        bytes: The sum of their JSON.
+    """
+
+    hits: int
+    stale: int
+    misses: int
+    unknown: int
+    confirmed: int
+    invalidated: int
+    overtaken: int
+    evicted: int
+    documents: int
+    bytes: int
+
+
+class Tag(NamedTuple):
+    """An ETag in its parts: `"<epoch>.<format>.<version>"`."""
+
+    epoch: str
+    format: str
+    version: int
+
+    @classmethod
+    def parse(cls, etag: str | None) -> Tag | None:
+        """Return the parts, or None of what is no document's ETag."""
+        found = _TAG.fullmatch(etag or "")
+        return cls(intern(found[1]), intern(found[2]), int(found[3])) if found else None
+
+
+class CachedUser(Stored):
+    """A copy of a user, as `peek` shows it.
+
+    Attributes:
+        user: The user.
+    """
+
+    __slots__ = ("_cache", "epoch", "format", "fresh_until", "user", "validated_at")
+
+    def __init__(
+        self, fetched: Fetched, cache: DocumentCache, validated_at: float, fresh_until: float
+    ) -> None:
+        super().__init__(fetched.user.id, fetched.size)
+        self.user = fetched.user
+        self.epoch = fetched.epoch
+        self.format = fetched.format
+        self.validated_at = validated_at
+        self.fresh_until = fresh_until
+        self._cache = cache
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was certainly the newest version."""
+        return self._cache.age(self)
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether `users.get` would return it without asking the service."""
+        return self._cache.is_fresh(self)
+
+    @property
+    def etag(self) -> str:
+        """What the service tags this very version with."""
+        return f'"{self.epoch}.{self.format}.{self.user.version}"'
+
+
+class Fetched(NamedTuple):
+    """A user as the service has just answered; `size` is that of its JSON.
+
+    Without an ETag, as from a mock, the epoch is empty, and it is not kept.
+    """
+
+    user: User
+    epoch: str
+    format: str
+    size: int
+
+
+class Use(Enum):
+    """What a copy is wanted for, which says how old it may be."""
+
+    READ = "read"
+    """To be shown: an old one will do while it is revalidated."""
+    DECISION = "decision"
+    """To decide on a delivery: an old one is revalidated first."""
+    CRITICAL = "critical"
+    """To decide on one that must not fail: always revalidated, and never old."""
+
+
+class Wish(NamedTuple):
+    """How a read is to be answered.
+
+    `options` are what the request is made with; with some of its own, it is not shared with others.
+    """
+
+    use: Use
+    deadline: Deadline
+    max_stale: float | None
+    options: CallOptions
+
+
+class Source(Protocol):
+    """How the cache asks the service."""
+
+    async def fetch(
+        self,
+        user_id: str,
+        held: CachedUser | None,
+        floor: int,
+        deadline: Deadline,
+        options: CallOptions,
+    ) -> Fetched | None:
+        """Read one user, no older than the version `floor`; None confirms the copy that is held.
+
+        Raises:
+            NotFound: nobody has this id.
+        """
+
+    async def fetch_many(
+        self, ids: Sequence[str], deadline: Deadline, options: CallOptions
+    ) -> Mapping[str, Fetched]:
+        """Read up to 1000 users; who does not exist is left out."""
+
+    def deadline(self) -> Deadline:
+        """Return when a read must have ended that begins now, and for which nobody waits."""
+
+
+Found = dict[str, CachedUser | None]
+"""Copies by id, None for ids that nobody has."""
+
+
+class _Flight:
+    """A request that is under way, for one user or many, and until when somebody waits for it."""
+
+    __slots__ = ("deadline", "is_kept", "task")
+
+    task: asyncio.Task[Found]
+
+    def __init__(self, deadline: Deadline) -> None:
+        self.deadline = Deadline(deadline.at)
+        self.is_kept = True
+
+
+class DocumentCache:
+    """Copies of users, by id."""
+
+    def __init__(
+        self, options: CacheOptions | None, source: Source, home: Home, clock: Clock, hooks: Hooks
+    ) -> None:
+        self._options = options or CacheOptions(max_documents=0)
+        self._source = source
+        self._home = home
+        self._monotonic = clock.monotonic
+        self._hook = hooks.cache
+        self._store: Store[CachedUser] = Store(self._options.max_documents, self._options.max_bytes)
+        self._entries = self._store.entries
+        self.peek = self._entries.get
+        """Return the copy of an id, however old, or None."""
+        self._flights: dict[str, _Flight] = {}
+        self._refreshes: set[asyncio.Task[Found]] = set()
+        self._refresh_second = 0
+        self._refreshed = 0
+        # Versions that were heard of, and when, oldest first; of who was erased, infinity.
+        self._floors: dict[str, tuple[float, float]] = {}
+        self._unknown: dict[str, float] = {}
+        self._epoch: str | None = None
+        self._past_epochs: dict[str, None] = {}
+        self._generation = 0
+        # What was validated before is to be revalidated: the epoch or the stream began anew then.
+        self._valid_from = -math.inf
+        # What was validated since then is covered by the stream, which has told of all changes up
+        # to `through`, and which is relied upon while that is not long ago.
+        self._covered_since = math.inf
+        self._through = -math.inf
+        self._complete_until = -math.inf
+        self._hits = self._stale = self._misses = self._unknowns = 0
+        self._confirmed = self._invalidated = self._overtaken = 0
+        home.on_move(self._let_go)
+
+    # Reading
+
+    def hit(self, user_id: str) -> User | None:
+        """Return a fresh copy, or None if there is none: all that most reads do."""
+        entry = self._entries.get(user_id)
+        if entry is None:
+            return None
+        # `is_fresh`, once more: a call would double what a read costs.
+        now, validated_at = self._monotonic(), entry.validated_at
+        if validated_at < self._valid_from or (
+            now >= entry.fresh_until
+            and (now >= self._complete_until or validated_at < self._covered_since)
+        ):
+            return None
+        if entry.freq < MAX_FREQ:
+            entry.freq += 1
+        self._hits += 1
+        return entry.user
+
+    def is_fresh(self, entry: CachedUser) -> bool:
+        """Whether a copy may be used without asking."""
+        now, validated_at = self._monotonic(), entry.validated_at
+        return validated_at >= self._valid_from and (
+            now < entry.fresh_until
+            or (now < self._complete_until and validated_at >= self._covered_since)
+        )
+
+    def age(self, entry: CachedUser) -> float:
+        """Return the seconds since a copy was certainly the newest version."""
+        return self._monotonic() - self._known_good_at(entry)
+
+    def _known_good_at(self, entry: CachedUser) -> float:
+        if entry.validated_at < self._covered_since:
+            return entry.validated_at
+        # The stream was complete until then, and told of no change of it.
+        return max(entry.validated_at, self._through)
+
+    async def read(self, user_id: str, wish: Wish) -> CachedUser:
+        """Return a copy that is new enough for its use, asking the service if need be.
+
+        Raises:
+            NotFound: nobody has this id.
+            UserServiceError: the service cannot be asked, and no copy is new enough.
+        """
+        entry = (await self._read([user_id], wish, one_by_one=True))[user_id]
+        if entry is None:
+            code = ErrorCode.USER_NOT_FOUND
+            raise NotFound(f"users.get: 404 {code}", code=code, status=404)
+        return entry
+
+    async def read_many(self, ids: Sequence[str], wish: Wish) -> Found:
+        """Return copies that are new enough for their use, and None for ids that nobody has.
+
+        What is lacking is asked for in one request for each 1000; raises as `read`.
+        """
+        return await self._read(ids, wish, one_by_one=False)
+
+    async def _read(self, ids: Sequence[str], wish: Wish, *, one_by_one: bool) -> Found:
+        found: Found = {}
+        lacking: list[str] = []
+        old: list[str] = []
+        for user_id in ids:
+            entry = self._entries.get(user_id)
+            if entry is None:
+                if self._is_unknown(user_id):
+                    found[user_id] = None
+                else:
+                    lacking.append(user_id)
+            elif wish.use is not Use.CRITICAL and self.is_fresh(entry):
+                found[user_id] = entry
+                entry.freq = min(MAX_FREQ, entry.freq + 1)
+                self._hits += 1
+            elif wish.use is Use.READ and self._may_be_old(entry, wish):
+                found[user_id] = entry
+                old.append(user_id)
+            else:
+                lacking.append(user_id)
+        unknown = sum(entry is None for entry in found.values())
+        if unknown:
+            self._unknowns += unknown
+            tell(self._hook, lambda: CacheEvent(CacheResult.UNKNOWN, unknown))
+        if old:
+            self._refresh(old, one_by_one)
+            self._count_stale(len(old))
+        if lacking:
+            self._misses += len(lacking)
+            tell(self._hook, lambda: CacheEvent(CacheResult.MISS, len(lacking)))
+            found |= await self._ask(lacking, wish, one_by_one)
+        return found
+
+    def _may_be_old(self, entry: CachedUser, wish: Wish) -> bool:
+        """Whether a copy will do while it is revalidated: not one that a reset has marked."""
+        allowed = min(self._allowed(wish), self._options.max_stale)
+        return entry.validated_at >= self._valid_from and self.age(entry) <= allowed
+
+    def _allowed(self, wish: Wish) -> float:
+        """Return how old a copy may be if the service cannot be reached."""
+        return self._options.max_stale if wish.max_stale is None else wish.max_stale
+
+    async def _ask(self, ids: Sequence[str], wish: Wish, one_by_one: bool) -> Found:
+        """Ask the service; where it cannot be reached, a copy will do that is not too old."""
+        flights: dict[_Flight, list[str]] = {}
+        new: list[str] = []
+        for user_id in ids:
+            flight = self._flights.get(user_id)
+            # What must be new does not join a request from before, nor do special wishes.
+            if flight is None or wish.use is Use.CRITICAL or wish.options:
+                new.append(user_id)
+            else:
+                flight.deadline.put_off(wish.deadline.at)
+                flights.setdefault(flight, []).append(user_id)
+        flights |= self._depart(new, wish.deadline, wish.options, one_by_one)
+        # Not cancelled with who waits: others may have joined, and what comes is kept.
+        left = max(0.0, wish.deadline.at - self._monotonic()) + GRACE
+        await asyncio.wait([flight.task for flight in flights], timeout=left)
+        found: Found = {}
+        for flight, some in flights.items():
+            error: UserServiceError
+            try:
+                landed = flight.task.result()
+            except asyncio.InvalidStateError:
+                error = DeadlineExceeded("the request that was waited for took too long")
+            except UserServiceError as failed:
+                error = failed
+            else:
+                found |= {user_id: landed[user_id] for user_id in some}
+                continue
+            found |= self._make_do(some, error, wish)
+        return found
+
+    def _make_do(self, ids: Sequence[str], error: UserServiceError, wish: Wish) -> Found:
+        """Return copies where the service could not be reached; raises the error without them."""
+        if wish.use is Use.CRITICAL or not is_outage(error):
+            raise error
+        found: Found = {}
+        for user_id in ids:
+            entry = self._entries.get(user_id)
+            if entry is None or self.age(entry) > self._allowed(wish):
+                raise error
+            found[user_id] = entry
+        self._count_stale(len(found))
+        return found
+
+    def _count_stale(self, documents: int) -> None:
+        self._stale += documents
+        tell(self._hook, lambda: CacheEvent(CacheResult.STALE, documents))
+
+    # Asking the service
+
+    def _depart(
+        self, ids: Sequence[str], deadline: Deadline, options: CallOptions, one_by_one: bool
+    ) -> dict[_Flight, list[str]]:
+        """Begin requests for these ids, which others may join."""
+        self._home.enter()
+        turns = asyncio.Semaphore(BATCHES_AT_ONCE)
+        size = 1 if one_by_one else MAX_BATCH
+        departed: dict[_Flight, list[str]] = {}
+        for start in range(0, len(ids), size):
+            some = list(ids[start : start + size])
+            flight = _Flight(deadline)
+            if one_by_one:
+                request = self._fetch(some[0], flight, options)
+            else:
+                request = self._fetch_many(some, flight, options, turns)
+            flight.task = asyncio.create_task(request, name="user-service-fetch")
+            flight.task.add_done_callback(partial(self._landed, some, flight))
+            departed[flight] = some
+            if not options:
+                self._flights |= dict.fromkeys(some, flight)
+        return departed
+
+    def _landed(self, ids: Sequence[str], flight: _Flight, task: asyncio.Task[Found]) -> None:
+        for user_id in ids:
+            if self._flights.get(user_id) is flight:
+                del self._flights[user_id]
+        if not task.cancelled():
+            task.exception()  # of whom everybody who waited is gone, nobody asks for it
+
+    async def _fetch(self, user_id: str, flight: _Flight, options: CallOptions) -> Found:
+        for _ in range(TRIES):
+            held = self._entries.get(user_id)
+            floor, generation, asked_at = self._floor(user_id), self._generation, self._monotonic()
+            try:
+                fetched = await self._source.fetch(user_id, held, floor, flight.deadline, options)
+            except NotFound as error:
+                if error.code != ErrorCode.USER_NOT_FOUND:
+                    raise
+                if self._floor(user_id) > floor:
+                    continue  # it was created, or changed, while we asked
+                self._store.remove(user_id)
+                self._remember_unknown(user_id)
+                return {user_id: None}
+            may_keep = flight.is_kept and generation == self._generation
+            if fetched is not None:
+                entry = self._keep(fetched, asked_at, may_keep)
+            elif held is not None and may_keep:
+                entry = self._confirm(held, asked_at)
+            else:
+                entry = None
+            if entry is not None:
+                return {user_id: entry}
+            self._overtaken += 1
+        raise DecodeError("users.get: the service answers with what is outdated")
+
+    async def _fetch_many(
+        self,
+        ids: Sequence[str],
+        flight: _Flight,
+        options: CallOptions,
+        turns: asyncio.Semaphore,
+    ) -> Found:
+        async with turns:
+            generation, asked_at = self._generation, self._monotonic()
+            fetched = await self._source.fetch_many(ids, flight.deadline, options)
+        found: Found = {}
+        doubtful: list[str] = []
+        for user_id in ids:
+            one = fetched.get(user_id)
+            if one is not None:
+                may_keep = flight.is_kept and generation == self._generation
+                entry = self._keep(one, asked_at, may_keep)
+                if entry is not None:
+                    found[user_id] = entry
+                    continue
+                self._overtaken += 1
+            elif not self._floor(user_id):
+                self._store.remove(user_id)
+                self._remember_unknown(user_id)
+                found[user_id] = None
+                continue
+            doubtful.append(user_id)
+        # A batch cannot say what it must not be older than.
+        for again in await asyncio.gather(*(self._fetch(i, flight, options) for i in doubtful)):
+            found |= again
+        return found
+
+    def _refresh(self, ids: Sequence[str], one_by_one: bool) -> None:
+        """Revalidate old copies in the background, as many at a time as do no harm."""
+        second = int(self._monotonic())
+        if second != self._refresh_second:
+            self._refresh_second, self._refreshed = second, 0
+        wanted = [user_id for user_id in ids if user_id not in self._flights]
+        if (
+            not wanted
+            or len(self._refreshes) >= REFRESHES_AT_ONCE
+            or self._refreshed >= REFRESHES_A_SECOND
+        ):
+            return
+        deadline = self._source.deadline()
+        for flight in self._depart(wanted, deadline, CallOptions(), one_by_one):
+            self._refreshed += 1
+            self._refreshes.add(flight.task)
+            flight.task.add_done_callback(self._refreshes.discard)
+
+    # Keeping
+
+    def keep(self, fetched: Fetched, asked_at: float) -> None:
+        """Keep what a write through this client, or a read past the cache, has answered."""
+        if fetched.epoch:
+            self.heard_of(fetched.user.id, fetched.user.version, fetched.epoch)
+            self._keep(fetched, asked_at, may_keep=True)
+
+    def _keep(self, fetched: Fetched, asked_at: float, may_keep: bool) -> CachedUser | None:
+        """Return what was fetched as a copy, kept if it may be; None if it is outdated."""
+        user = fetched.user
+        entry = CachedUser(fetched, self, asked_at, self._fresh_until(asked_at))
+        if not fetched.epoch or not self._is_current_epoch(fetched.epoch):
+            return entry  # the latter of a server that has not heard of the new epoch yet
+        if user.version < self._floor(user.id):
+            return None
+        held = self._entries.get(user.id)
+        if held is not None and held.epoch == fetched.epoch:
+            if held.user.version > user.version:
+                return held
+            if held.user.version == user.version and held.format == fetched.format:
+                self._renew(held, asked_at)
+                return held
+        self._unknown.pop(user.id, None)
+        if may_keep:
+            self._store.put(entry)
+        return entry
+
+    def _confirm(self, held: CachedUser, asked_at: float) -> CachedUser | None:
+        """Take a copy for as new as the question was; None if it is outdated by now."""
+        if held.epoch != self._epoch or held.user.version < self._floor(held.user.id):
+            return None
+        self._confirmed += 1
+        self._renew(held, asked_at)
+        return held
+
+    def _renew(self, held: CachedUser, asked_at: float) -> None:
+        if asked_at > held.validated_at:
+            held.validated_at = asked_at
+            held.fresh_until = self._fresh_until(asked_at)
+
+    def _fresh_until(self, asked_at: float) -> float:
+        # Spread, so that what was read together is not revalidated together.
+        jitter = random.uniform(1 - TTL_JITTER, 1)  # noqa: S311 - no secret
+        return asked_at + self._options.fresh_for * jitter
+
+    # What is heard of
+
+    def heard_of(self, user_id: str, version: float, epoch: str) -> None:
+        """Hear of a version, from the stream or a write: nothing below it is believed any more."""
+        if not self._is_current_epoch(epoch):
+            return
+        self._unknown.pop(user_id, None)
+        known, _ = self._floors.pop(user_id, (0.0, 0.0))
+        now = self._monotonic()
+        self._floors[user_id] = (max(known, version), now)
+        self._forget_floors(now)
+        entry = self._entries.get(user_id)
+        if entry is not None and (entry.user.version < version or entry.epoch != epoch):
+            self._store.remove(user_id)
+            self._invalidated += 1
+
+    def erased(self, user_id: str) -> None:
+        """Hear that this client has erased a user, whose id is never used again."""
+        self.invalidate(user_id)
+        self._floors.pop(user_id, None)
+        self._floors[user_id] = (math.inf, self._monotonic())
+        self._remember_unknown(user_id)
+
+    def invalidate(self, user_id: str) -> None:
+        """Do not believe any copy of a user, nor one that is on its way."""
+        if self._store.remove(user_id) is not None:
+            self._invalidated += 1
+        self._unknown.pop(user_id, None)
+        flight = self._flights.pop(user_id, None)
+        if flight is not None:
+            flight.is_kept = False
+
+    def clear(self) -> None:
+        """Do not believe any copy, nor one that is on its way."""
+        self._generation += 1
+        self._store.clear()
+        self._unknown.clear()
+        self._flights.clear()
+
+    def began(self) -> None:
+        """The stream begins here: it covers what is read from now on."""
+        self._covered_since = self._monotonic() + LAG
+        self._through = self._complete_until = -math.inf
+
+    def complete(self, lag: float) -> None:
+        """The stream has told of all changes until `lag` seconds ago."""
+        self._through = max(self._through, self._monotonic() - lag)
+        self._complete_until = self._through + COMPLETE_FOR
+
+    def interrupted(self) -> None:
+        """The stream is gone: changes are not told of, until it goes on from where it was."""
+        self._complete_until = -math.inf
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the stream tells of all changes in time."""
+        return self._monotonic() < self._complete_until
+
+    def reset(self) -> None:
+        """Something may have been missed: mark all copies to be revalidated when they are read."""
+        for entry in self._entries.values():
+            entry.validated_at = self._known_good_at(entry)
+        self._valid_from = self._monotonic()
+        self.began()
+
+    def _is_current_epoch(self, epoch: str) -> bool:
+        """Whether `epoch` is the newest that was seen; a new one marks what is of another."""
+        if epoch == self._epoch:
+            return True
+        if epoch in self._past_epochs:
+            return False
+        if self._epoch is not None:
+            self._past_epochs[self._epoch] = None
+            if len(self._past_epochs) > MAX_PAST_EPOCHS:
+                del self._past_epochs[next(iter(self._past_epochs))]
+            _log.warning("the service has a new epoch: all copies are revalidated")
+            # Versions of another epoch say nothing of this one's.
+            self._floors.clear()
+            self._unknown.clear()
+            self._generation += 1
+            self.reset()
+        self._epoch = epoch
+        return True
+
+    @property
+    def epoch(self) -> str | None:
+        """The newest epoch that was seen."""
+        return self._epoch
+
+    def _floor(self, user_id: str) -> int:
+        """Return the version below which no copy of a user is believed."""
+        version, _ = self._floors.get(user_id, (0.0, 0.0))
+        return ABOVE_ALL if version == math.inf else int(version)
+
+    def _forget_floors(self, now: float) -> None:
+        # Two at a time, the oldest first: as fast as they come, and no pause for all of them.
+        for user_id, (_, at) in list(islice(self._floors.items(), 2)):
+            if at < now - FLOOR_FOR or len(self._floors) > MAX_FLOORS:
+                del self._floors[user_id]
+
+    def _is_unknown(self, user_id: str) -> bool:
+        until = self._unknown.get(user_id)
+        if until is None:
+            return False
+        if self._monotonic() < until:
+            return True
+        del self._unknown[user_id]
+        return False
+
+    def _remember_unknown(self, user_id: str) -> None:
+        if len(self._unknown) >= MAX_UNKNOWN:
+            del self._unknown[next(iter(self._unknown))]
+        self._unknown[user_id] = self._monotonic() + UNKNOWN_FOR
+
+    # The rest
+
+    @property
+    def stats(self) -> CacheStats:
+        """Return what was done so far."""
+        return CacheStats(
+            hits=self._hits,
+            stale=self._stale,
+            misses=self._misses,
+            unknown=self._unknowns,
+            confirmed=self._confirmed,
+            invalidated=self._invalidated,
+            overtaken=self._overtaken,
+            evicted=self._store.evictions,
+            documents=len(self._store),
+            bytes=self._store.bytes,
+        )
+
+    async def aclose(self) -> None:
+        """End what is under way."""
+        tasks = {flight.task for flight in self._flights.values()} | self._refreshes
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _let_go(self) -> None:
+        """Forget requests of an event loop that is over."""
+        self._flights.clear()
+        self._refreshes.clear()
