@@ -139,10 +139,11 @@ class Transport:
     def abandon(self) -> None:
         """Let go of connections of another loop or process; one that was passed in stays."""
         if self._given is None:
-            # Those of httpx have nothing that could be let go of without their loop.
-            if isinstance(self._current, LoopBound):
-                self._current.abandon()
+            current: object = self._current
             self._current = None
+            # Those of httpx have nothing that could be let go of without their loop.
+            if isinstance(current, LoopBound):
+                current.abandon()
 
     async def aclose(self) -> None:
         """Close the connections, and with them what is still under way."""
