@@ -101,7 +101,7 @@ def package(session: nox.Session) -> None:
         _check_wheel_is_whole(session, dist, path)
 
     python = _install_wheel_alone(session, dist, CLIENT)
-    session.run(python, "-I", "-c", "import user_service_client", external=True)
+    session.run(python, "-I", "-c", "import user_service_client.testing", external=True)
     _check_nothing_of_the_server(session, python)
 
     python = _install_wheel_alone(session, dist, SERVER)

@@ -9,8 +9,11 @@ from typing import Any
 
 import httpx
 import pytest
+from user_service_client import BadRequest, UserServiceClient
+from user_service_schemas import Changes
 
 from ..system.subscribers import Event, follow
+from ..system.trouble import until
 from .people import PASSWORD, USERS, assert_refused, data_of, new_token, register
 
 CHANGES = "/api/v1/changes"
@@ -122,6 +125,40 @@ async def test_a_cursor_that_is_ahead_is_refused(socket: httpx.AsyncClient) -> N
     assert_refused(answer, 400, "invalid_cursor")
     answer = await socket.get(CHANGES, params={"limit": "1001"})
     assert_refused(answer, 422, "validation_failed", "limit")
+
+
+async def test_the_client_reads_pages(
+    socket: httpx.AsyncClient, streamed: UserServiceClient
+) -> None:
+    start = await end(socket)
+    user = (await register(socket))["id"]
+    await behind(socket, start, 1)
+    changes = await streamed.changes.list(after=start, limit=1)
+    assert [(one.user_id, one.version, one.kind) for one in changes.items] == [
+        (user, 1, "user.created")
+    ]
+    assert await streamed.changes.list(after=changes.next) == Changes(items=(), next=changes.next)
+    with pytest.raises(BadRequest) as refused:
+        await streamed.changes.list(after="nonsense")
+    assert refused.value.code == "invalid_cursor"
+
+
+async def test_a_live_client_hears_of_changes(
+    socket: httpx.AsyncClient, streamed: UserServiceClient
+) -> None:
+    user = (await register(socket))["id"]
+
+    async def is_live() -> bool:
+        return streamed.status.is_complete
+
+    await until(is_live, SOON)
+    assert (await streamed.users.get(user)).version == 1
+    await socket.patch(f"{USERS}/{user}", json={"name": "Bob"})
+
+    async def has_heard() -> bool:
+        return (await streamed.users.get(user)).version == 2
+
+    await until(has_heard, SOON)
 
 
 async def following(events: AsyncGenerator[Event, None], name: str, user: str = "") -> Event:
