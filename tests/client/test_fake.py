@@ -552,7 +552,7 @@ async def test_retries_wait_for_nothing_real(
         200,
     ]
     assert fake.clock.monotonic() - began >= 2, "Retry-After is whole seconds, twice"
-    assert time.monotonic() - real < 1
+    assert time.monotonic() - real < 2, "and not as long as the clock says"
     assert fake.unused_faults() == []
 
 
