@@ -199,8 +199,6 @@ async def patient_servers(settings: dict[str, str]) -> AsyncIterator[list[Server
         yield started
 
 
-# Not met yet, and to be: strict, so that it turns red when it is.
-@pytest.mark.xfail(strict=True, reason="a dead primary's probes disconnect the others")
 async def test_the_other_primaries_are_of_use_while_one_is_down_and_people_are_written(
     patient_servers: list[Server], primaries: list[Primary]
 ) -> None:

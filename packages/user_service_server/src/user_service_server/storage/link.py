@@ -30,6 +30,8 @@ from .buckets import ALL_BUCKETS, slot_of
 
 PROBE_INTERVAL = 0.1
 """Seconds between two looks at a server that failed."""
+LOOK_INTERVAL = 1.0
+"""Seconds between two looks at who serves which slots, while a server of a cluster is down."""
 LATE = 0.02
 """Seconds after which a timer of the event loop has come late."""
 TURNS = 20
@@ -113,6 +115,7 @@ class RedisLink:
         self._known: set[str] = set()
         self._strangers: dict[str, Collection[int]] = {}
         self._servers: dict[str, _Server] = {}
+        self._next_look = 0.0
         self._asked: list[_Asked] = []
         self._flushes: set[asyncio.Task[None]] = set()
         options: dict[str, Any] = {
@@ -268,15 +271,36 @@ class RedisLink:
             await self._recognise(identity, buckets)
             self._known.add(identity)
             self._strangers.pop(identity, None)
-        async with asyncio.timeout(self._timeout):
-            await self._ping(name)
+        try:
+            async with asyncio.timeout(self._timeout):
+                await self._ping(name)
+        except _FAILURES:
+            if isinstance(self._client, RedisCluster) and name != _ONLY:
+                await self._look_for_another(self._client, name)
+            raise
+
+    async def _look_for_another(self, cluster: RedisCluster, name: str) -> None:
+        """Look whether another server has taken over the slots of one that is down.
+
+        Once a second, for after each look all connections are made anew. That also greets a replica
+        that became a primary behind a connection.
+        """
+        if time.monotonic() > self._next_look:
+            self._next_look = time.monotonic() + LOOK_INTERVAL
+            with contextlib.suppress(*_FAILURES):
+                async with asyncio.timeout(self._timeout):
+                    await cluster.nodes_manager.initialize(last_failed_node_name=name)
 
     async def _ping(self, name: str) -> object:
         if isinstance(self._client, Redis):
             return await self._client.ping()
+        # The first time only; and by the node, since after a command of the cluster's client that
+        # failed all others wait until it is initialized anew. That takes tens of ms, and what gives
+        # it up closes all connections: a server that is down would take the others with it.
         await self._client.initialize()
-        node = self._client.get_node(node_name=name) if name != _ONLY else None
-        return await self._client.ping(target_nodes=node or RedisCluster.PRIMARIES)
+        node = self._client.get_node(node_name=name)
+        nodes = [node] if node else self._client.get_primaries()
+        return await asyncio.gather(*(node.execute_command("PING") for node in nodes))
 
     def _server_of(self, command: Command) -> str:
         if isinstance(self._client, Redis):
