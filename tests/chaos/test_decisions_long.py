@@ -37,7 +37,7 @@ WITH_QUIET_HOURS = 6e-6
 
 def test_every_zone_has_the_offsets_that_zoneinfo_reads() -> None:
     probes = sum(assert_zone_is_read_rightly(name, 300) for name in ALL_ZONES)
-    print(f"\n{len(ALL_ZONES)} zones, {probes} offsets compared")
+    print(f"\n{len(ALL_ZONES)} zones, {probes} offsets compared")  # noqa: T201
 
 
 def test_decisions_are_what_the_oracle_finds_in_every_zone() -> None:
@@ -48,8 +48,8 @@ def test_decisions_are_what_the_oracle_finds_in_every_zone() -> None:
         compare(name, each, counts)
         assert counts["examples"] - before >= each, name
         if number % 100 == 99:
-            print(f"\n{number + 1} zones: {dict(counts)}", end="")
-    print(f"\n{len(ALL_ZONES)} zones: {dict(counts)}")
+            print(f"\n{number + 1} zones: {dict(counts)}", end="")  # noqa: T201
+    print(f"\n{len(ALL_ZONES)} zones: {dict(counts)}")  # noqa: T201
     assert counts["naive is wrong"]
 
 
@@ -62,9 +62,7 @@ def compare(name: str, examples: int, counts: Counter[str]) -> None:
         decision = assert_decided_as_the_oracle_does(situation)
         counts["examples"] += 1
         counts[decision.reason] += 1
-        counts["naive is wrong"] += naively(situation) != (
-            decision.deferred_until or situation.at
-        )
+        counts["naive is wrong"] += naively(situation) != (decision.deferred_until or situation.at)
 
     holds()
 
@@ -105,6 +103,6 @@ def test_a_decision_takes_microseconds() -> None:
             return len(users)
 
         took = seconds_each(decide_all)
-        print(f"\nquiet hours {quiet}: {took * 1e6:.2f} µs, budget {budget * 1e6:.0f} µs", end="")
+        print(f"\nquiet hours {quiet}: {took * 1e6:.2f} µs, budget {budget * 1e6:.0f} µs", end="")  # noqa: T201
         assert took <= budget
-    print()
+    print()  # noqa: T201
