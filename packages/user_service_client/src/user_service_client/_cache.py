@@ -320,20 +320,18 @@ class DocumentCache:
             NotFound: nobody has this id.
             UserServiceError: the service cannot be asked, and no copy is new enough.
         """
-        entry = (await self._read([user_id], wish, one_by_one=True))[user_id]
+        entry = (await self.read_many([user_id], wish, one_by_one=True))[user_id]
         if entry is None:
             code = ErrorCode.USER_NOT_FOUND
             raise NotFound(f"users.get: 404 {code}", code=code, status=404)
         return entry
 
-    async def read_many(self, ids: Sequence[str], wish: Wish) -> Found:
+    async def read_many(self, ids: Sequence[str], wish: Wish, *, one_by_one: bool = False) -> Found:
         """Return copies that are new enough for their use, and None for ids that nobody has.
 
-        What is lacking is asked for in one request for each 1000; raises as `read`.
+        What is lacking is asked for in one request for each 1000, or `one_by_one`, which confirms
+        what is held; raises as `read`.
         """
-        return await self._read(ids, wish, one_by_one=False)
-
-    async def _read(self, ids: Sequence[str], wish: Wish, *, one_by_one: bool) -> Found:
         found: Found = {}
         lacking: list[str] = []
         old: list[str] = []

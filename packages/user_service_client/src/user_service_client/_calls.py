@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import TypeAlias, TypedDict
+from typing import TypeAlias, TypedDict, TypeVar
 from urllib.parse import quote, urlencode
 from uuid import UUID, uuid4
 
 import httpx
 import msgspec
-from user_service_schemas import Request
+from user_service_schemas import MAX_BATCH, Request
 
 from user_service_client._answers import Answer
 from user_service_client._clock import Clock
@@ -39,6 +39,8 @@ from user_service_client.errors import (
 )
 from user_service_client.hooks import AttemptEvent, Hooks, RetryEvent, Tracing, tell
 
+T = TypeVar("T")
+
 ApiKey: TypeAlias = str | Callable[[], str] | Callable[[], Awaitable[str]]
 """A service key, or a function that returns the current one; it is asked at each attempt."""
 
@@ -62,6 +64,17 @@ class CallOptions(TypedDict, total=False):
     timeout: float | None
     retries: int | None
     headers: Mapping[str, str] | None
+
+
+class ReadOptions(CallOptions, total=False):
+    """What methods that use the client's own copies take as keywords.
+
+    Keys:
+        max_stale: How many seconds old a copy may be if the service cannot be reached; None or
+            omitted: the client's own.
+    """
+
+    max_stale: float | None
 
 
 class CreateOptions(CallOptions, total=False):
@@ -409,6 +422,22 @@ class Calls:
 
 def _reason(error: UserServiceError) -> str:
     return str(error.status) if isinstance(error, ApiError) else type(error).__name__
+
+
+def shared_wishes(retries: int | None, headers: Mapping[str, str] | None) -> CallOptions:
+    """Return what a request is made with that others might share, but for these."""
+    wishes = CallOptions()
+    if retries is not None:
+        wishes["retries"] = retries
+    if headers is not None:
+        wishes["headers"] = headers
+    return wishes
+
+
+def batches(items: Sequence[T]) -> Iterator[list[T]]:
+    """Yield what one request may ask for at a time."""
+    for start in range(0, len(items), MAX_BATCH):
+        yield list(items[start : start + MAX_BATCH])
 
 
 def id_text(id_: Id) -> str:

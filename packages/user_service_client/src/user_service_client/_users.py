@@ -32,6 +32,7 @@ from user_service_client._calls import (
     WriteOptions,
     id_text,
     page_params,
+    shared_wishes,
     user_path,
 )
 from user_service_client._clock import Clock
@@ -209,11 +210,7 @@ class Users:
         retries: int | None,
         headers: Mapping[str, str] | None,
     ) -> Wish:
-        options = CallOptions()
-        if retries is not None:
-            options["retries"] = retries
-        if headers is not None:
-            options["headers"] = headers
+        options = shared_wishes(retries, headers)
         return Wish(Use.READ, self._calls.deadline(timeout), max_stale, options)
 
     async def lookup(
@@ -341,6 +338,17 @@ class Users:
         """
         await self._writes.send("users.delete", "DELETE", user_id, options)
         self._cache.erased(id_text(user_id))
+
+    async def lift_suppression(self, user_id: Id, **options: Unpack[WriteOptions]) -> None:
+        """Let mail be tried again to an address that a hard bounce has suppressed.
+
+        Raises:
+            NotFound: nobody has this id.
+            VersionMismatch: the version is not that of `if_version`.
+        """
+        await self._writes.send(
+            "users.lift_suppression", "DELETE", user_id, options, rest="/suppression"
+        )
 
     async def set_password(
         self,

@@ -13,7 +13,9 @@ from user_service_client._cache import CacheOptions, CacheStats, DocumentCache
 from user_service_client._calls import ApiKey, Call, CallOptions, Calls, Id, id_text
 from user_service_client._changes import ChangesOfUsers
 from user_service_client._clock import Clock, SystemClock
+from user_service_client._deliveries import Deliveries
 from user_service_client._devices import Devices
+from user_service_client._feedback import Feedback
 from user_service_client._health import read_health
 from user_service_client._loops import Home
 from user_service_client._preferences import PreferencesOfUsers
@@ -72,6 +74,8 @@ class UserServiceClient:
         users: Reading, registering, changing and deleting users.
         preferences: What users want to get, and the history of it.
         devices: Where a push can reach users.
+        deliveries: Whether a message may go to a user now.
+        feedback: Reporting what the providers said.
         changes: What was changed, page by page.
         cache: The client's own copies of users.
 
@@ -119,6 +123,8 @@ class UserServiceClient:
         self.users = Users(calls, self._documents, writes, clock)
         self.preferences = PreferencesOfUsers(calls, writes)
         self.devices = Devices(calls, writes)
+        self.deliveries = Deliveries(calls, self._documents, clock)
+        self.feedback = Feedback(calls)
         self.changes = ChangesOfUsers(calls)
         self.cache = Cache(self._documents)
 
