@@ -60,6 +60,6 @@ class Feedback:
             call = Call(
                 "feedback.report", "POST", "/api/v1/feedback", body=body, is_write=True, **options
             )
-            answer = await self._calls.send(call)
-            results += answer.data(_RESULTS)
+            answered = (await self._calls.send(call)).data(_RESULTS)
+            results.extend(answered)
         return tuple(results)
