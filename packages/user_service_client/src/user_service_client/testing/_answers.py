@@ -416,7 +416,7 @@ class Routes:
         tags = ['"{}.{}.{}"'.format(*tag) for tag in _TAG.findall(held)]
         if held.strip() != "*" and etag not in tags:
             return None
-        return Answer(304, {**PRIVATE, "Content-Type": JSON, "ETag": etag})
+        return Answer(304, {**PRIVATE, "ETag": etag})
 
     def _condition(self, ask: Ask) -> Condition | None:
         header = ask.headers.get("If-Match")
@@ -519,7 +519,7 @@ def _preferred(accept: str) -> str:
         name, *parameters = (part.strip().lower() for part in said.split(";"))
         weight = next((p[2:] for p in parameters if p.startswith("q=")), "1")
         if not re.fullmatch(r"[0-9]*\.?[0-9]+", weight):
-            return JSON
+            weight = "1"
         for media_type in (JSON, PROBLEM):
             if name in (media_type, "application/*", "*/*"):
                 specific = 2 if name == media_type else 1 if name == "application/*" else 0

@@ -23,6 +23,7 @@ from user_service_schemas import (
     FieldError,
     LookupUsers,
     PasswordUpdate,
+    PreferenceChange,
     Preferences,
     PreferencesRevision,
     PreferencesUpdate,
@@ -203,13 +204,14 @@ class Directory:
             id=self.new_id(),
             profile=values,
             password=None if request.password is None else _digest(request.password),
-            choices=choices,
+            choices=_kept(choices),
             created_at=now,
             updated_at=now,
             email_deliverable=email_deliverable,
         )
         self._accounts[account.id] = account
-        self._append_history(account, None, request.preferences.consent or None, 1)
+        consent = request.preferences.consent or None
+        self._append_history(account, preference_changes(None, choices), consent, 1)
         self._conclude({account.id: ChangeKind.USER_CREATED})
         return self._shown(account)
 
@@ -257,12 +259,14 @@ class Directory:
         """Merge a change into a user's preferences; returns them and the user's version."""
         account = self._account(user_id, condition)
         before = account.choices
-        account.choices = merge_preferences(before, request)
+        after = merge_preferences(before, request)
         consent = request.consent or None
-        changed = bool(preference_changes(before, account.choices))
-        if changed or consent:
-            self._append_history(account, before, consent, account.version + changed)
-        self._conclude({user_id: ChangeKind.PREFERENCES_UPDATED} if changed else {})
+        changes = preference_changes(before, after)
+        if changes or consent:
+            version = account.version + bool(changes)
+            self._append_history(account, changes, consent, version)
+        account.choices = _kept(after)
+        self._conclude({user_id: ChangeKind.PREFERENCES_UPDATED} if changes else {})
         return self._shown(account).preferences, account.version
 
     # Devices
@@ -380,7 +384,11 @@ class Directory:
                 raise Refusal(code, FieldError(field=name, message=MESSAGES[code]))
 
     def _append_history(
-        self, account: _Account, before: Choices | None, consent: Consent | None, version: int
+        self,
+        account: _Account,
+        changes: tuple[PreferenceChange, ...],
+        consent: Consent | None,
+        version: int,
     ) -> None:
         self._revisions += 1
         revision = PreferencesRevision(
@@ -389,7 +397,7 @@ class Directory:
             actor=None,
             source=consent.source if consent else None,
             policy_version=consent.policy_version if consent else None,
-            changes=preference_changes(before, account.choices),
+            changes=changes,
         )
         account.history.append((self._revisions, revision))
 
@@ -457,6 +465,19 @@ class Directory:
 def _told(device: DeviceDetails) -> Sequence[object]:
     """Return what of a device is more than that it was seen."""
     return device.token, device.platform, device.app, device.active
+
+
+def _kept(choices: Choices) -> Choices:
+    """Return choices as they come back from the service's database: jsonb orders its keys."""
+
+    def order(key: str) -> tuple[int, str]:
+        return len(key), key
+
+    categories = {
+        name: {channel: said[channel] for channel in sorted(said, key=order)}
+        for name, said in sorted(choices.categories.items(), key=lambda item: order(item[0]))
+    }
+    return msgspec.structs.replace(choices, categories=categories)
 
 
 def _digest(password: str) -> bytes:
