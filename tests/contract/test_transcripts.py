@@ -1,0 +1,420 @@
+"""The fake answers request for request as the server does: statuses, headers, words and all."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import httpx
+import pytest
+from user_service_client.testing import FakeUserService
+
+from .people import NOBODY, PASSWORD, USERS
+
+Ask = Callable[..., Awaitable[httpx.Response]]
+"""Takes a method, a path and httpx's keywords; what it is answered is compared."""
+
+JSON = {"Content-Type": "application/json"}
+SHELL = ("date", "server", "content-length", "x-request-id")
+"""Headers that are of the connection, or of the length of times and ids."""
+AHEAD = ("x-document-tag",)
+"""Headers that the fake has and the server is about to get."""
+
+
+class Transcript:
+    """What one service answered, with ids, times and positions named by when they came up."""
+
+    def __init__(self, http: httpx.AsyncClient) -> None:
+        self._http = http
+        self._names: dict[str, str] = {}
+        self.lines: list[str] = []
+
+    async def ask(self, method: str, path: str, **request: Any) -> httpx.Response:
+        """Ask, and note the answer."""
+        answer = await self._http.request(method, path, **request)
+        headers = sorted(
+            (name, ", ".join(sorted(value.split(", "))) if name == "allow" else value)
+            for name, value in answer.headers.items()
+            if name not in (*SHELL, *AHEAD)
+        )
+        shown = {name: value for name, value in request.items() if name != "content"}
+        self.lines.append(
+            self._plain(f"{method} {path} {shown} -> {answer.status_code} {headers} {answer.text}")
+        )
+        return answer
+
+    def _plain(self, text: str) -> str:
+        text = re.sub(r"""((?:'cursor': '|"next_cursor":"))([\w-]{8,})""", _cursor, text)
+        text = re.sub(r"history:\d+\b(?!-)", "history:…", text)
+        text = re.sub(r'"latency_ms":[\d.]+', '"latency_ms":…', text)
+        text = re.sub(r'"request_id":"[^"]+"', '"request_id":…', text)
+        text = re.sub(r"(?!2030)\b\d{4}-\d\d-\d\dT[\d:.]+Z", "…", text)
+        text = re.sub(r"(?<![.\w-])[0-9a-f]{8}(?=\.[0-9a-f]+\b)", "epoch", text)
+        return re.sub(r"(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", self._name, text)
+
+    def _name(self, found: re.Match[str]) -> str:
+        return self._names.setdefault(found[0].lower(), f"id-{len(self._names)}")
+
+
+def _cursor(found: re.Match[str]) -> str:
+    return found[1] + base64.urlsafe_b64decode(found[2] + "=" * (-len(found[2]) % 4)).decode()
+
+
+def _cursor_of(text: str) -> str:
+    return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+
+async def _someone(ask: Ask, email: str, **fields: Any) -> str:
+    body = {"name": "Ada", "email": email, "password": PASSWORD, **fields}
+    return str((await ask("POST", f"{USERS}/", json=body)).json()["data"]["id"])
+
+
+async def registrations(ask: Ask) -> None:
+    """Who is registered, and who is refused."""
+    everything = {
+        "name": "  Ada ",
+        "email": "Ada@Registered.example.com",
+        "password": PASSWORD,
+        "phone": "+48221234567",
+        "external_id": "crm-1",
+        "locale": "zh-hant-tw",
+        "preferences": {
+            "push": False,
+            "quiet_hours_start": "22:00",
+            "quiet_hours_end": "07:00",
+            "timezone": "Europe/Warsaw",
+            "muted_until": "2030-01-01T01:00:00+01:00",
+            "categories": {"marketing": {"email": False}},
+            "consent": {"source": "form"},
+        },
+    }
+    created = await ask("POST", f"{USERS}/", json=everything)
+    await ask("GET", f"{USERS}/{created.json()['data']['id']}")
+    for fields in (
+        {},
+        {"external_id": "other"},
+        {"email": "x@registered.example.com"},
+        {"email": "x@registered.example.com", "external_id": "crm-1", "phone": "12"},
+        {"password": "password1"},
+        {"password": "ADA@registered.example.com", "email": "ada@registered.example.com"},
+        {"password": "Ada Lovelace", "name": "ada lovelace"},
+        {"password": "short"},
+        {"password": None},
+        {"password": 12345678},
+        {"name": ""},
+        {"name": "x" * 201},
+        {"name": "a\u0007b", "phone": "+12"},
+        {"locale": "pl_PL"},
+        {"locale": "12"},
+        {"email": "nonsense"},
+        {"email": "ada@nowhere"},
+        {"email": "ada@somewhere.test"},
+        {"email": "a..b@example.com"},
+        {"email": "ada@-x.com"},
+        {"unknown": 1, "email": None},
+        {"preferences": {"quiet_hours_start": "22:00"}},
+        {"preferences": {"quiet_hours_start": "25:00", "what": 1}},
+        {"preferences": {"timezone": "Nowhere"}, "password": "short", "phone": "12"},
+        {"preferences": None},
+    ):
+        await ask("POST", USERS, json=everything | fields)
+    for body in (b"{}", b"[]", b'"x"', b"{", b"", b"\xff", b"[" * 5000, b"null"):
+        await ask("POST", USERS, content=body, headers=JSON)
+
+
+async def profiles(ask: Ask) -> None:
+    """How a profile changes, how it is found, and how it goes."""
+    first = await _someone(ask, "first@profiles.example.com", external_id="profile-1")
+    second = await _someone(ask, "second@profiles.example.com", phone="+48225554433")
+    third = await _someone(ask, "third@profiles.example.com", phone="+48225554433")
+    path = f"{USERS}/{first}"
+    for method, change in (
+        ("PATCH", {"name": "Ada L"}),
+        ("PUT", {"phone": "+48221112233", "locale": "PL-pl"}),
+        ("PATCH", {"name": "Ada L"}),
+        ("PUT", {}),
+        ("PATCH", {"email": "First@profiles.example.com"}),
+        ("PATCH", {"email": "SECOND@profiles.example.com"}),
+        ("PATCH", {"email": "anew@profiles.example.com", "external_id": "profile-2"}),
+        ("PATCH", {"phone": None, "locale": None, "external_id": None}),
+        ("PATCH", {"name": None}),
+        ("PATCH", {"name": "", "email": "x@localhost", "nonsense": 1}),
+        ("PATCH", {"phone": "+1"}),
+        ("PATCH", {"password": "x"}),
+    ):
+        await ask(method, path, json=change)
+        await ask("GET", path)
+    for subject in (
+        {"email": "ANEW@profiles.example.com"},
+        {"email": "first@profiles.example.com"},
+        {"phone": "+48225554433"},
+        {"phone": "+48229999999"},
+        {"external_id": "profile-1"},
+        {"external_id": "profile-9"},
+        {"email": "not-an-email"},
+        {"email": "x@invalid"},
+        {"phone": "+4822"},
+        {},
+        {"email": "a@example.com", "phone": "+48229999999"},
+        {"name": "Ada"},
+    ):
+        await ask("POST", f"{USERS}/lookup", json=subject)
+    for ids in ([], [third, NOBODY, first, third.upper()], ["x", 1], ["x"] * 1001, "x"):
+        await ask("POST", f"{USERS}/batch/", json={"ids": ids})
+    cursor = _cursor_of(f"users:{first}")
+    page = await ask("GET", USERS, params={"limit": "1", "cursor": cursor})
+    await ask("GET", USERS, params={"limit": "1", "cursor": page.json()["data"]["next_cursor"]})
+    await ask("GET", USERS, params={"limit": "2", "cursor": cursor})
+    for cursor in ("", "zzz", "é", _cursor_of("users:x"), _cursor_of(f"history:{first}")):
+        await ask("GET", USERS, params={"cursor": cursor})
+    for user in (second, NOBODY, "not-an-id", second.upper()):
+        await ask("DELETE", f"{USERS}/{user}")
+        await ask("GET", f"{USERS}/{user}")
+        await ask("PATCH", f"{USERS}/{user}", json={"name": "x"})
+        await ask("PATCH", f"{USERS}/{user}", json={"name": ""})
+    await ask("POST", f"{USERS}/lookup", json={"phone": "+48225554433"})
+    await ask("POST", f"{USERS}/batch", json={"ids": [second, third]})
+    await _someone(ask, "second@profiles.example.com")
+
+
+async def preferences(ask: Ask) -> None:
+    """How preferences merge, and what their history keeps."""
+    path = f"{USERS}/{await _someone(ask, 'ada@preferences.example.com')}/preferences"
+    for method, change in (
+        ("PUT", {"push": False}),
+        ("PATCH", {"push": False}),
+        ("PUT", {}),
+        ("PUT", {"quiet_hours_start": "22:00", "quiet_hours_end": "07:00"}),
+        ("PATCH", {"quiet_hours_end": "22:00"}),
+        ("PATCH", {"quiet_hours_start": None}),
+        ("PATCH", {"quiet_hours_start": "7:00"}),
+        ("PATCH", {"quiet_hours_start": None, "quiet_hours_end": None}),
+        ("PATCH", {"timezone": "Europe/Warsaw"}),
+        ("PATCH", {"timezone": "Mars/Olympus", "quiet_hours_start": "01:00"}),
+        ("PATCH", {"timezone": None}),
+        ("PATCH", {"muted_until": "2030-05-05T12:00:00+02:00"}),
+        ("PATCH", {"muted_until": "2030-05-05T12:00:00"}),
+        ("PATCH", {"muted_until": "0001-01-01T00:00:00Z"}),
+        ("PATCH", {"muted_until": None}),
+        ("PATCH", {"categories": {"a": {"email": False}, "b": {"push": False, "email": True}}}),
+        ("PATCH", {"categories": {"a": {"push": True}, "b": {"push": None}}}),
+        ("PATCH", {"categories": {"b": None}}),
+        ("PATCH", {"categories": {"Not ok": {}}}),
+        ("PATCH", {"categories": {f"c{number}": {"email": True} for number in range(101)}}),
+        ("PATCH", {"categories": None}),
+        ("PATCH", {"email": None, "push": "yes", "what": 1}),
+        ("PATCH", {"consent": {"source": "page", "policy_version": "2026-05"}}),
+        ("PATCH", {"email": False, "consent": {"source": "page"}}),
+        ("PATCH", {"consent": {}}),
+    ):
+        await ask(method, path, json=change)
+    await ask("GET", path)
+    history = f"{path}/history"
+    await ask("GET", history)
+    page = await ask("GET", history, params={"limit": "3"})
+    await ask("GET", history, params={"limit": "3", "cursor": page.json()["data"]["next_cursor"]})
+    await ask("GET", history, params={"cursor": "zz"})
+    await ask("GET", history, params={"limit": "0"})
+    for user in (NOBODY, "x"):
+        await ask("GET", f"{USERS}/{user}/preferences")
+        await ask("GET", f"{USERS}/{user}/preferences/history")
+        await ask("PUT", f"{USERS}/{user}/preferences", json={"push": True})
+
+
+async def devices(ask: Ask) -> None:
+    """How tokens come, move and go."""
+    ada = f"{USERS}/{await _someone(ask, 'ada@devices.example.com')}"
+    bob = f"{USERS}/{await _someone(ask, 'bob@devices.example.com')}"
+    token = {"token": "t-1", "platform": "ios"}
+    for path, fields in (
+        (ada, {}),
+        (ada, {}),
+        (ada, {"app": "mail"}),
+        (ada, {"active": False}),
+        (ada, {"active": False}),
+        (ada, {}),
+        (ada, {"token": "t-2", "active": False}),
+        (bob, {}),
+        (bob, {"token": "t-3", "platform": "web"}),
+        (bob, {"token": '{"endpoint":"https://push.example.com/1","keys":{"a":"1"}}'}),
+        (bob, {"token": '{"keys":{"a":"2"},"endpoint":"https://push.example.com/1"}'}),
+        (ada, {"token": "", "platform": "phone", "x": 1}),
+        (ada, {"token": "t" * 4097}),
+        (f"{USERS}/{NOBODY}", {}),
+        (f"{USERS}/x", {}),
+    ):
+        await ask("POST", f"{path}/devices", json=token | fields)
+        await ask("GET", ada)
+        await ask("GET", bob)
+    kept = (await ask("GET", f"{bob}/devices")).json()["data"]
+    one = f"{bob}/devices/{kept[-1]['id']}"
+    for active in (True, False, False, True, None):
+        await ask("PATCH", one, json={"active": active})
+        await ask("GET", f"{bob}/devices")
+    for path in (one, one, f"{bob}/devices/x", f"{ada}/devices/{kept[0]['id']}"):
+        await ask("DELETE", path)
+        await ask("PATCH", path, json={"active": True})
+    await ask("DELETE", f"{USERS}/{NOBODY}/devices/{NOBODY}")
+    for number in range(22):
+        await ask("POST", f"{ada}/devices", json=token | {"token": f"many-{number}"})
+    await ask("POST", f"{ada}/devices", json=token | {"token": "many-0"})
+    await ask("GET", f"{ada}/devices")
+    await ask("GET", f"{USERS}/{NOBODY}/devices")
+
+
+async def passwords(ask: Ask) -> None:
+    """How a password is set."""
+    path = f"{USERS}/{await _someone(ask, 'ada@passwords.example.com')}/password"
+    for body in (
+        {"password": "Another-Pass-1", "current_password": PASSWORD},
+        {"password": "Another-Pass-2", "current_password": PASSWORD},
+        {"password": "Another-Pass-3"},
+        {"password": "password1", "current_password": "wrong"},
+        {"password": "ada@passwords.example.com"},
+        {"password": "short"},
+        {},
+    ):
+        await ask("PUT", path, json=body)
+    await ask("PUT", f"{USERS}/{NOBODY}/password", json={"password": "Another-Pass-1"})
+    await ask("GET", path.removesuffix("/password"))
+
+
+async def conditions(ask: Ask) -> None:
+    """What `If-Match`, `If-None-Match`, `X-Min-Version` and `Idempotency-Key` do."""
+    user = f"{USERS}/{await _someone(ask, 'ada@conditions.example.com')}"
+    tag = (await ask("GET", user)).headers["etag"]
+    epoch, shape, _ = tag.strip('"').split(".")
+    for path in (user, f"{user}/preferences"):
+        for held in (tag, f"W/{tag}", "*", f'"x", {tag}', '"nonsense"', f'"{epoch}.0.1"', ""):
+            await ask("GET", path, headers={"If-None-Match": held})
+        for least in ("0", "1", "99", "x", "-1", ""):
+            await ask("GET", path, headers={"X-Min-Version": least})
+    for number, match in enumerate(
+        ("*", tag, '"x"', f'"{epoch}.0.2"', f'W/"{epoch}.{shape}.2"', f'"00000000.{shape}.3"', "")
+    ):
+        condition = {"If-Match": match}
+        await ask("PATCH", user, json={"name": f"Ada {number}"}, headers=condition)
+    never = {"If-Match": f'"{epoch}.0.99"'}
+    await ask("PATCH", f"{user}/preferences", json={"push": False}, headers=never)
+    device = {"token": "condition", "platform": "ios"}
+    kept = (await ask("POST", f"{user}/devices", json=device)).json()["data"]["id"]
+    await ask("POST", f"{user}/devices", json=device, headers=never)
+    await ask("PATCH", f"{user}/devices/{kept}", json={"active": False}, headers=never)
+    await ask("DELETE", f"{user}/devices/{kept}", headers=never)
+    await ask("DELETE", f"{user}/devices/{NOBODY}", headers=never)
+    await ask("PUT", f"{user}/password", json={"password": "Another-Pass-1"}, headers=never)
+    await ask("DELETE", user, headers=never)
+    await ask("DELETE", f"{USERS}/{NOBODY}", headers=never)
+
+    for key in ("k", "k", " ", "", "x" * 256, "ключ".encode()):
+        repeated = {"Idempotency-Key": key}
+        await ask("PATCH", user, json={"name": "Repeated"}, headers=repeated)
+    repeated = {"Idempotency-Key": "k"}
+    await ask("PATCH", f"{user}/", json={"name": "Repeated"}, headers=repeated)
+    await ask("PATCH", user, json={"name": "Other"}, headers=repeated)
+    await ask("PUT", user, json={"name": "Repeated"}, headers=repeated)
+    await ask("PATCH", user, json={"name": "Repeated"}, headers=repeated | {"If-Match": "*"})
+    await ask("PATCH", user, json={"name": ""}, headers=repeated)
+    newcomer = {"name": "New", "email": "new@conditions.example.com", "password": PASSWORD}
+    for _ in range(2):
+        await ask("POST", USERS, json=newcomer, headers={"Idempotency-Key": "new"})
+        await ask("POST", f"{user}/devices", json=device, headers={"Idempotency-Key": "device"})
+        # Refused at first, so not kept: the next time it is another's turn.
+        await ask("PATCH", user, json={"name": "N"}, headers=never | {"Idempotency-Key": "late"})
+        await ask("DELETE", user, headers={"Idempotency-Key": "gone"})
+        await ask("PATCH", user, json={"name": "Repeated"}, headers=repeated)
+
+
+async def surroundings(ask: Ask) -> None:
+    """Routes, methods, bodies and errors, whatever they are about."""
+    user = f"{USERS}/{await _someone(ask, 'ada@surroundings.example.com')}"
+    for path in (
+        "/",
+        "/nope",
+        "/api/v1",
+        f"{user}/nothing",
+        f"{user}/preferences/x",
+        f"{USERS}/a/b/c/d",
+    ):
+        await ask("GET", path)
+    for method, path in (
+        ("GET", f"{USERS}/lookup"),
+        ("PATCH", f"{USERS}/batch"),
+        ("DELETE", USERS),
+        ("POST", user),
+        ("GET", f"{user}/password"),
+        ("POST", f"{user}/preferences"),
+        ("PUT", f"{user}/preferences/history"),
+        ("PUT", f"{user}/devices"),
+        ("GET", f"{user}/devices/{NOBODY}"),
+        ("POST", "/api/v1/changes"),
+        ("POST", "/api/v1/changes/stream"),
+        ("POST", "/health"),
+        ("BREW", USERS),
+        ("HEAD", user),
+        ("HEAD", f"{USERS}/x"),
+        ("HEAD", f"{USERS}/batch"),
+        ("GET", f"{user}/"),
+        ("GET", f"/api/v1//users//{user.rpartition('/')[2]}//"),
+        ("GET", f"{USERS}/%20"),
+        ("GET", f"{USERS}/a%2Fb"),
+        ("GET", "/health/ready/"),
+        ("GET", "/health/live"),
+        ("GET", "/health"),
+    ):
+        await ask(method, path)
+    for limit in ("0", "-1", "201", "abc", "", "1.5", "+5", "1_0", " 5"):
+        await ask("GET", USERS, params={"limit": limit, "cursor": "zz"})
+        await ask("GET", f"{USERS}/x/preferences/history", params={"limit": limit, "cursor": "zz"})
+    for query in (
+        {"limit": "1001"},
+        {"after": ""},
+        {"after": "x"},
+        {"after": "a.1"},
+        {"after": "é.1"},
+    ):
+        await ask("GET", "/api/v1/changes", params=query)
+    await ask("GET", "/api/v1/changes/stream", headers={"Last-Event-ID": "nonsense"})
+    for kind in (None, "text/plain", "application/json; charset=utf-8", "APPLICATION/JSON"):
+        for body in (b"", b"{}", b"{", b'"' + b"x" * 65536 + b'"'):
+            headers = {} if kind is None else {"Content-Type": kind}
+            await ask("PATCH", user, content=body, headers=headers)
+    large = json.dumps({"ids": [NOBODY] * 2000}).encode()
+    await ask("POST", f"{USERS}/batch", content=large, headers=JSON)
+    await ask("POST", f"{USERS}/batch", content=large * 14, headers=JSON)
+    for accept in (
+        "application/problem+json",
+        "application/problem+json, application/json",
+        "application/problem+json;q=0.5, application/json",
+        "text/html, application/problem+json;q=0.9",
+        "application/*",
+        "*/*",
+        "text/html",
+        "application/problem+json;q=x",
+    ):
+        await ask("GET", f"{USERS}/x", headers={"Accept": accept})
+        await ask("PATCH", user, json={"name": ""}, headers={"Accept": accept})
+
+
+SCRIPTS = [registrations, profiles, preferences, devices, passwords, conditions, surroundings]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=[script.__name__ for script in SCRIPTS])
+async def test_same_answers(
+    script: Callable[[Ask], Awaitable[None]], http: httpx.AsyncClient
+) -> None:
+    server = Transcript(http)
+    await script(server.ask)
+    transport = FakeUserService()
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as answered:
+        fake = Transcript(answered)
+        await script(fake.ask)
+    different = [
+        f"server {said}\n  fake {faked}"
+        for said, faked in zip(server.lines, fake.lines, strict=True)
+        if said != faked
+    ]
+    assert not different, "\n".join(different)
