@@ -44,6 +44,7 @@ FLOOR_FOR = 60.0
 """Seconds for which a version that was heard of is remembered: much longer than servers may lag
 behind one another (1 s under faults, 20 ms otherwise)."""
 MAX_FLOORS = 100_000
+MAX_DROPPED = 10_000
 ABOVE_ALL = 10**17
 """A version that no user has: what Postgres says is believed, and nothing else."""
 LAG = 2.0
@@ -175,6 +176,13 @@ class Fetched(NamedTuple):
     size: int
 
 
+class Asked(NamedTuple):
+    """When something was asked: the answer is not kept if its user was invalidated meanwhile."""
+
+    at: float
+    generation: int
+
+
 class Use(Enum):
     """What a copy is wanted for, which says how old it may be."""
 
@@ -231,13 +239,12 @@ Found = dict[str, CachedUser | None]
 class _Flight:
     """A request that is under way, for one user or many, and until when somebody waits for it."""
 
-    __slots__ = ("deadline", "is_kept", "task")
+    __slots__ = ("deadline", "task")
 
     task: asyncio.Task[Found]
 
     def __init__(self, deadline: Deadline) -> None:
         self.deadline = Deadline(deadline.at)
-        self.is_kept = True
 
 
 class DocumentCache:
@@ -264,7 +271,10 @@ class DocumentCache:
         self._unknown: dict[str, float] = {}
         self._epoch: str | None = None
         self._past_epochs: dict[str, None] = {}
-        self._generation = 0
+        # Raised by whatever ends copies that are on their way. What was asked before `_cleared_in`
+        # is not kept, nor, of these users, what was asked before theirs.
+        self._generation = self._cleared_in = 0
+        self._dropped: dict[str, int] = {}
         # What was validated before is to be revalidated: the epoch or the stream began anew then.
         self._valid_from = -math.inf
         # What was validated since then is covered by the stream, which has told of all changes up
@@ -381,8 +391,9 @@ class DocumentCache:
         new: list[str] = []
         for user_id in ids:
             flight = self._flights.get(user_id)
-            # What must be new does not join a request from before, nor do special wishes.
-            if flight is None or wish.use is Use.CRITICAL or wish.options:
+            # What must be new does not join a request from before, nor do special wishes. What has
+            # ended, and was not tidied up yet, may be older than what was heard of since.
+            if flight is None or flight.task.done() or wish.use is Use.CRITICAL or wish.options:
                 new.append(user_id)
             else:
                 flight.deadline.put_off(wish.deadline.at)
@@ -457,22 +468,22 @@ class DocumentCache:
     async def _fetch(self, user_id: str, flight: _Flight, options: CallOptions) -> Found:
         for _ in range(TRIES):
             held = self._entries.get(user_id)
-            floor, generation, asked_at = self._floor(user_id), self._generation, self._monotonic()
+            if held is not None and held.epoch != self._epoch:
+                held = None  # only who has not heard of the new epoch yet would confirm it
+            floor, asked = self.floor(user_id), self.asking()
             try:
                 fetched = await self._source.fetch(user_id, held, floor, flight.deadline, options)
             except NotFound as error:
                 if error.code != ErrorCode.USER_NOT_FOUND:
                     raise
-                if self._floor(user_id) > floor:
+                if self.floor(user_id) > floor:
                     continue  # it was created, or changed, while we asked
-                self._store.remove(user_id)
-                self._remember_unknown(user_id)
+                self._find_unknown(user_id, asked)
                 return {user_id: None}
-            may_keep = flight.is_kept and generation == self._generation
             if fetched is not None:
-                entry = self._keep(fetched, asked_at, may_keep)
-            elif held is not None and may_keep:
-                entry = self._confirm(held, asked_at)
+                entry = self._keep(fetched, asked)
+            elif held is not None and self._may_keep(user_id, asked):
+                entry = self._confirm(held, asked.at)
             else:
                 entry = None
             if entry is not None:
@@ -488,22 +499,20 @@ class DocumentCache:
         turns: asyncio.Semaphore,
     ) -> Found:
         async with turns:
-            generation, asked_at = self._generation, self._monotonic()
+            asked = self.asking()
             fetched = await self._source.fetch_many(ids, flight.deadline, options)
         found: Found = {}
         doubtful: list[str] = []
         for user_id in ids:
             one = fetched.get(user_id)
             if one is not None:
-                may_keep = flight.is_kept and generation == self._generation
-                entry = self._keep(one, asked_at, may_keep)
+                entry = self._keep(one, asked)
                 if entry is not None:
                     found[user_id] = entry
                     continue
                 self._overtaken += 1
-            elif not self._floor(user_id):
-                self._store.remove(user_id)
-                self._remember_unknown(user_id)
+            elif not self.floor(user_id):
+                self._find_unknown(user_id, asked)
                 found[user_id] = None
                 continue
             doubtful.append(user_id)
@@ -532,26 +541,35 @@ class DocumentCache:
 
     # Keeping
 
-    def keep(self, fetched: Fetched, asked_at: float) -> None:
+    def asking(self) -> Asked:
+        """Return what `keep` is to be told of a request that begins now."""
+        return Asked(self._monotonic(), self._generation)
+
+    def keep(self, fetched: Fetched, asked: Asked) -> None:
         """Keep what a write through this client, or a read past the cache, has answered."""
         if fetched.epoch:
             self.heard_of(fetched.user.id, fetched.user.version, fetched.epoch)
-            self._keep(fetched, asked_at, may_keep=True)
+            self._keep(fetched, asked)
 
-    def _keep(self, fetched: Fetched, asked_at: float, may_keep: bool) -> CachedUser | None:
+    def _may_keep(self, user_id: str, asked: Asked) -> bool:
+        """Whether nothing has ended all copies of a user since something was asked."""
+        return asked.generation >= max(self._cleared_in, self._dropped.get(user_id, 0))
+
+    def _keep(self, fetched: Fetched, asked: Asked) -> CachedUser | None:
         """Return what was fetched as a copy, kept if it may be; None if it is outdated."""
         user = fetched.user
-        entry = CachedUser(fetched, self, asked_at, self._fresh_until(asked_at))
+        may_keep = self._may_keep(user.id, asked)
+        entry = CachedUser(fetched, self, asked.at, self._fresh_until(asked.at))
         if not fetched.epoch or not self._is_current_epoch(fetched.epoch):
             return entry  # the latter of a server that has not heard of the new epoch yet
-        if user.version < self._floor(user.id):
+        if user.version < self.floor(user.id):
             return None
         held = self._entries.get(user.id)
         if held is not None and held.epoch == fetched.epoch:
             if held.user.version > user.version:
                 return held
             if held.user.version == user.version and held.format == fetched.format:
-                self._renew(held, asked_at)
+                self._renew(held, asked.at)
                 return held
         self._unknown.pop(user.id, None)
         if may_keep:
@@ -560,7 +578,7 @@ class DocumentCache:
 
     def _confirm(self, held: CachedUser, asked_at: float) -> CachedUser | None:
         """Take a copy for as new as the question was; None if it is outdated by now."""
-        if held.epoch != self._epoch or held.user.version < self._floor(held.user.id):
+        if held.epoch != self._epoch or held.user.version < self.floor(held.user.id):
             return None
         self._confirmed += 1
         self._renew(held, asked_at)
@@ -604,16 +622,24 @@ class DocumentCache:
         if self._store.remove(user_id) is not None:
             self._invalidated += 1
         self._unknown.pop(user_id, None)
-        flight = self._flights.pop(user_id, None)
-        if flight is not None:
-            flight.is_kept = False
+        self._flights.pop(user_id, None)
+        self._generation += 1
+        self._dropped.pop(user_id, None)
+        self._dropped[user_id] = self._generation
+        if len(self._dropped) > MAX_DROPPED:
+            self._cleared_in = self._dropped.pop(next(iter(self._dropped)))
 
     def clear(self) -> None:
         """Do not believe any copy, nor one that is on its way."""
-        self._generation += 1
+        self._keep_nothing_from_before()
         self._store.clear()
         self._unknown.clear()
         self._flights.clear()
+
+    def _keep_nothing_from_before(self) -> None:
+        self._generation += 1
+        self._cleared_in = self._generation
+        self._dropped.clear()
 
     def began(self) -> None:
         """The stream begins here: it covers what is read from now on."""
@@ -655,7 +681,7 @@ class DocumentCache:
             # Versions of another epoch say nothing of this one's.
             self._floors.clear()
             self._unknown.clear()
-            self._generation += 1
+            self._keep_nothing_from_before()
             self.reset()
         self._epoch = epoch
         return True
@@ -665,7 +691,7 @@ class DocumentCache:
         """The newest epoch that was seen."""
         return self._epoch
 
-    def _floor(self, user_id: str) -> int:
+    def floor(self, user_id: str) -> int:
         """Return the version below which no copy of a user is believed."""
         version, _ = self._floors.get(user_id, (0.0, 0.0))
         return ABOVE_ALL if version == math.inf else int(version)
@@ -684,6 +710,11 @@ class DocumentCache:
             return True
         del self._unknown[user_id]
         return False
+
+    def _find_unknown(self, user_id: str, asked: Asked) -> None:
+        if self._may_keep(user_id, asked):
+            self._store.remove(user_id)
+            self._remember_unknown(user_id)
 
     def _remember_unknown(self, user_id: str) -> None:
         if len(self._unknown) >= MAX_UNKNOWN:
