@@ -310,6 +310,27 @@ async def test_a_fill_of_the_epoch_before_is_not_kept(
     assert client.users.peek(user.id) is None
 
 
+async def test_who_joins_a_batch_gets_nothing_older_than_what_was_heard_of(
+    network: Network, live: UserServiceClient
+) -> None:
+    """A batch of which one user is asked for again has long had the answer about the others."""
+    first, second = network.fake.user(), network.fake.user()
+    batch, again = network.hold("users.get_many"), network.hold("users.get")
+    reader = asyncio.create_task(live.users.get_many([first.id, second.id]))
+    await batch.arrived()
+    network.fake.update_preferences(second.id, push=False)
+    await network.fake.clock.advance(0)
+    batch.release()
+    await again.arrived()
+    changed = network.fake.update_preferences(first.id, push=False)
+    await network.fake.clock.advance(0)
+    late = asyncio.create_task(live.users.get(first.id))
+    await network.fake.clock.advance(0)
+    again.release()
+    assert await late == changed
+    await reader
+
+
 async def test_who_comes_in_the_turn_in_which_a_flight_ends_gets_nothing_older_than_heard_of(
     network: Network, client: UserServiceClient
 ) -> None:
@@ -330,6 +351,22 @@ async def test_who_comes_in_the_turn_in_which_a_flight_ends_gets_nothing_older_t
             late.append(asyncio.create_task(client.users.get(user.id)))
     assert await late[0] == changed
     await reader
+
+
+async def test_a_user_who_changes_with_every_request_can_be_read(
+    network: Network, live: UserServiceClient
+) -> None:
+    user = network.fake.user()
+    held = [network.hold("users.get") for _ in range(4)]
+    reader = asyncio.create_task(live.users.get(user.id))
+    for number, one in enumerate(held[:3]):
+        await one.arrived()
+        network.fake.update_preferences(user.id, push=bool(number % 2))
+        await network.fake.clock.advance(0)
+        one.release()
+    assert (await reader).version == 3, "what it was when it was asked the last time"
+    held[3].release()
+    assert live.users.peek(user.id) is None
 
 
 # Floors: what was heard of
@@ -631,5 +668,3 @@ async def test_a_bounded_cache_holds_no_more(network: Network) -> None:
         await client.users.get_many(ids_of(users))
         assert client.cache.stats.documents == 10
         assert client.cache.stats.evicted == 20
-
-

@@ -452,21 +452,29 @@ class DocumentCache:
             else:
                 request = self._fetch_many(some, flight, options, turns)
             flight.task = asyncio.create_task(request, name="user-service-fetch")
-            flight.task.add_done_callback(partial(self._landed, some, flight))
+            flight.task.add_done_callback(partial(self._ended, some, flight))
             departed[flight] = some
             if not options:
                 self._flights |= dict.fromkeys(some, flight)
         return departed
 
-    def _landed(self, ids: Sequence[str], flight: _Flight, task: asyncio.Task[Found]) -> None:
+    def _landed(self, ids: Sequence[str], flight: _Flight) -> None:
+        """Let nobody join a request any more, of these users."""
         for user_id in ids:
             if self._flights.get(user_id) is flight:
                 del self._flights[user_id]
+
+    def _ended(self, ids: Sequence[str], flight: _Flight, task: asyncio.Task[Found]) -> None:
+        self._landed(ids, flight)
         if not task.cancelled():
             task.exception()  # of whom everybody who waited is gone, nobody asks for it
 
     async def _fetch(self, user_id: str, flight: _Flight, options: CallOptions) -> Found:
-        for _ in range(TRIES):
+        for left in reversed(range(TRIES)):
+            if not left:
+                # Of somebody who changes all the time, what is asked for now will do for those who
+                # wait by now.
+                self._landed([user_id], flight)
             held = self._entries.get(user_id)
             if held is not None and held.epoch != self._epoch:
                 held = None  # only who has not heard of the new epoch yet would confirm it
@@ -489,6 +497,9 @@ class DocumentCache:
             if entry is not None:
                 return {user_id: entry}
             self._overtaken += 1
+            answered = held if fetched is None else self._copy(fetched, asked.at)
+            if not left and answered is not None and answered.user.version >= floor:
+                return {user_id: answered}
         raise DecodeError("users.get: the service answers with what is outdated")
 
     async def _fetch_many(
@@ -516,6 +527,8 @@ class DocumentCache:
                 found[user_id] = None
                 continue
             doubtful.append(user_id)
+        # What was found is of now: a version may be heard of before the rest has come.
+        self._landed(list(found), flight)
         # A batch cannot say what it must not be older than.
         for again in await asyncio.gather(*(self._fetch(i, flight, options) for i in doubtful)):
             found |= again
@@ -559,7 +572,7 @@ class DocumentCache:
         """Return what was fetched as a copy, kept if it may be; None if it is outdated."""
         user = fetched.user
         may_keep = self._may_keep(user.id, asked)
-        entry = CachedUser(fetched, self, asked.at, self._fresh_until(asked.at))
+        entry = self._copy(fetched, asked.at)
         if not fetched.epoch or not self._is_current_epoch(fetched.epoch):
             return entry  # the latter of a server that has not heard of the new epoch yet
         if user.version < self.floor(user.id):
@@ -575,6 +588,9 @@ class DocumentCache:
         if may_keep:
             self._store.put(entry)
         return entry
+
+    def _copy(self, fetched: Fetched, asked_at: float) -> CachedUser:
+        return CachedUser(fetched, self, asked_at, self._fresh_until(asked_at))
 
     def _confirm(self, held: CachedUser, asked_at: float) -> CachedUser | None:
         """Take a copy for as new as the question was; None if it is outdated by now."""
