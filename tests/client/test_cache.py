@@ -15,6 +15,7 @@ from user_service_client import (
     UserServiceClient,
     UserServiceError,
     VersionMismatch,
+    deadline_scope,
 )
 from user_service_client._cache import Use, Wish
 from user_service_client._calls import CallOptions
@@ -152,6 +153,20 @@ async def test_a_critical_read_does_not_join_one_from_before(
     assert await critical(client, user.id) == changed
     held.release()
     await leader
+
+
+async def test_who_waits_when_the_client_is_closed_is_told_so(network: Network) -> None:
+    user, held = network.fake.user(), network.hold("users.get", 2)
+    async with client_of(network) as client:
+        readers = [
+            asyncio.create_task(client.users.get(user.id)),
+            asyncio.create_task(client.users.get(user.id, retries=0)),
+        ]
+        await held.arrived()
+    ended = await asyncio.gather(*readers, return_exceptions=True)
+    assert all(isinstance(error, UserServiceError) for error in ended), ended
+    left = {task.get_name() for task in asyncio.all_tasks()}
+    assert "user-service-fetch" not in left
 
 
 # What ends a copy that is on its way
@@ -407,6 +422,21 @@ async def test_a_batch_of_a_server_that_lags_is_asked_again_for_who_has_changed(
     assert network.requests == {"users.get_many": 1, "users.get": 1}
 
 
+async def test_a_server_that_lags_does_not_answer_for_a_write_of_this_client(
+    network: Network, client: UserServiceClient
+) -> None:
+    user = network.fake.user()
+    network.lag(user)
+    await client.preferences.update(user.id, push=False)
+    assert (await client.users.get(user.id)).preferences.push is False
+    await client.devices.register(user.id, token="t", platform="ios")
+    read, _ = await client.users.get_with_etag(user.id)
+    assert len(read.devices) == 1, "nor past the cache"
+    await client.preferences.get(user.id)
+    await client.devices.list(user.id)
+    assert network.sent("X-Min-Version")[-3:] == ["3"] * 3
+
+
 async def test_an_older_answer_does_not_replace_a_newer_copy(
     network: Network, client: UserServiceClient
 ) -> None:
@@ -423,6 +453,22 @@ async def test_an_older_answer_does_not_replace_a_newer_copy(
     entry = client.users.peek(user.id)
     assert entry is not None
     assert entry.user == changed
+
+
+async def test_a_server_that_has_not_heard_of_a_new_epoch_is_believed_and_not_kept(
+    network: Network, client: UserServiceClient
+) -> None:
+    user, other = network.fake.user(), network.fake.user()
+    await client.users.get(user.id)
+    network.lag(user)
+    network.fake.renew_epoch()
+    await client.users.get(other.id)
+    assert await client.users.get(user.id) == user, "200, and no 304 that nobody would believe"
+    network.catch_up()
+    await client.users.get(user.id)
+    entry = client.users.peek(user.id)
+    assert entry is not None
+    assert entry.epoch == client._documents.epoch
 
 
 # Batches
@@ -502,6 +548,18 @@ async def test_who_is_deleted_while_cached_is_missing(
     assert (read.users, read.missing) == ((users[1],), (users[0].id,))
 
 
+async def test_a_batch_after_many_deletions_asks_again_for_few_at_a_time(
+    network: Network, live: UserServiceClient
+) -> None:
+    users = [network.fake.user() for _ in range(200)]
+    for user in users:
+        network.fake.delete_user(user.id)
+    await network.fake.clock.advance(0)
+    read = await live.users.get_many(ids_of(users))
+    assert len(read.missing) == 200
+    assert network.most_at_once <= 16
+
+
 # Confirming
 
 
@@ -555,6 +613,14 @@ async def test_who_is_created_while_nobody_is_found_is_found(
     assert await reader == user
 
 
+async def test_without_a_cache_an_unknown_id_is_not_remembered(network: Network) -> None:
+    async with client_of(network, cache=None) as client:
+        for _ in range(2):
+            with pytest.raises(NotFound):
+                await client.users.get(NOBODY)
+    assert network.requests == {"users.get": 2}
+
+
 # Writes
 
 
@@ -599,6 +665,16 @@ async def test_a_412_ends_a_stale_copy(network: Network, client: UserServiceClie
     assert await client.users.get(user.id) == changed
 
 
+async def test_a_412_that_does_not_tell_the_version_ends_the_copy_too(
+    network: Network, client: UserServiceClient
+) -> None:
+    user = await client.users.get(network.fake.user().id)
+    network.fake.fail(status=412, route="users.update")
+    with pytest.raises(VersionMismatch):
+        await client.users.update(user.id, name="Too late", if_version=user.version)
+    assert client.users.peek(user.id) is None
+
+
 @pytest.mark.parametrize("after_processing", [True, False])
 async def test_a_write_of_which_nobody_knows_ends_the_copy(
     network: Network, client: UserServiceClient, after_processing: bool
@@ -637,6 +713,24 @@ async def test_the_answer_of_a_write_that_an_invalidation_has_overtaken_is_not_k
 
 
 # The background
+
+
+async def test_a_revalidation_in_the_background_has_a_deadline_of_its_own(
+    network: Network, client: UserServiceClient
+) -> None:
+    user = await client.users.get(network.fake.user().id)
+    await network.fake.clock.advance(31)
+    held = network.hold("users.get")
+    with deadline_scope(0.01):
+        await client.users.get(user.id)
+    await held.arrived()
+    await asyncio.sleep(0.02)  # real: the scope is over
+    held.release()
+    await network.fake.clock.advance(0)
+    entry = client.users.peek(user.id)
+    assert entry is not None
+    assert entry.age == 0
+    assert network.requests == {"users.get": 2}
 
 
 async def test_no_task_and_no_timer_stays_for_a_copy(

@@ -33,6 +33,7 @@ from user_service_client.errors import (
     DeadlineExceeded,
     DecodeError,
     NotFound,
+    NotSent,
     UserServiceError,
 )
 from user_service_client.hooks import CacheEvent, CacheResult, Hooks, tell
@@ -61,6 +62,8 @@ REFRESHES_AT_ONCE = 16
 REFRESHES_A_SECOND = 200
 """How many old copies are revalidated in the background: after an outage, all are old together."""
 BATCHES_AT_ONCE = 4
+DOUBTFUL_AT_ONCE = 16
+"""How many users of a batch are asked for again at a time."""
 MAX_PAST_EPOCHS = 16
 
 _TAG = re.compile(r'(?:W/)?"([0-9a-f]+)\.([0-9a-f]+)\.([0-9]{1,18})"')
@@ -263,6 +266,7 @@ class DocumentCache:
         self.peek = self._entries.get
         """Return the copy of an id, however old, or None."""
         self._flights: dict[str, _Flight] = {}
+        self._tasks: set[asyncio.Task[Found]] = set()
         self._refreshes: set[asyncio.Task[Found]] = set()
         self._refresh_second = 0
         self._refreshed = 0
@@ -407,6 +411,8 @@ class DocumentCache:
             error: UserServiceError
             try:
                 landed = flight.task.result()
+            except asyncio.CancelledError:
+                error = NotSent("the client was closed")
             except asyncio.InvalidStateError:
                 error = DeadlineExceeded("the request that was waited for took too long")
             except UserServiceError as failed:
@@ -452,6 +458,7 @@ class DocumentCache:
             else:
                 request = self._fetch_many(some, flight, options, turns)
             flight.task = asyncio.create_task(request, name="user-service-fetch")
+            self._tasks.add(flight.task)
             flight.task.add_done_callback(partial(self._ended, some, flight))
             departed[flight] = some
             if not options:
@@ -466,6 +473,7 @@ class DocumentCache:
 
     def _ended(self, ids: Sequence[str], flight: _Flight, task: asyncio.Task[Found]) -> None:
         self._landed(ids, flight)
+        self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # of whom everybody who waited is gone, nobody asks for it
 
@@ -530,7 +538,13 @@ class DocumentCache:
         # What was found is of now: a version may be heard of before the rest has come.
         self._landed(list(found), flight)
         # A batch cannot say what it must not be older than.
-        for again in await asyncio.gather(*(self._fetch(i, flight, options) for i in doubtful)):
+        turns = asyncio.Semaphore(DOUBTFUL_AT_ONCE)
+
+        async def ask_again(user_id: str) -> Found:
+            async with turns:
+                return await self._fetch(user_id, flight, options)
+
+        for again in await asyncio.gather(*map(ask_again, doubtful)):
             found |= again
         return found
 
@@ -678,9 +692,10 @@ class DocumentCache:
 
     def reset(self) -> None:
         """Something may have been missed: mark all copies to be revalidated when they are read."""
+        self._valid_from = now = self._monotonic()
+        before = math.nextafter(now, -math.inf)  # the clock of a test stands still
         for entry in self._entries.values():
-            entry.validated_at = self._known_good_at(entry)
-        self._valid_from = self._monotonic()
+            entry.validated_at = min(before, self._known_good_at(entry))
         self.began()
 
     def _is_current_epoch(self, epoch: str) -> bool:
@@ -733,6 +748,8 @@ class DocumentCache:
             self._remember_unknown(user_id)
 
     def _remember_unknown(self, user_id: str) -> None:
+        if self._options.max_documents < 1:
+            return
         if len(self._unknown) >= MAX_UNKNOWN:
             del self._unknown[next(iter(self._unknown))]
         self._unknown[user_id] = self._monotonic() + UNKNOWN_FOR
@@ -757,7 +774,7 @@ class DocumentCache:
 
     async def aclose(self) -> None:
         """End what is under way."""
-        tasks = {flight.task for flight in self._flights.values()} | self._refreshes
+        tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -765,4 +782,5 @@ class DocumentCache:
     def _let_go(self) -> None:
         """Forget requests of an event loop that is over."""
         self._flights.clear()
+        self._tasks.clear()
         self._refreshes.clear()

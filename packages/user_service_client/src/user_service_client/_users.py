@@ -109,7 +109,7 @@ class DocumentSource:
 
     def deadline(self) -> Deadline:
         """Return the deadline of a read for which nobody waits."""
-        return self._calls.deadline(None)
+        return self._calls.deadline_of_its_own()
 
 
 def fetched_user(answer: Answer) -> Fetched:
@@ -172,7 +172,9 @@ class Users:
             NotFound: nobody has this id.
         """
         asked = self._cache.asking()
-        answer = await self._calls.send(Call("users.get", "GET", user_path(user_id), **options))
+        floor = self._cache.floor(id_text(user_id))
+        call = Call("users.get", "GET", user_path(user_id), min_version=floor, **options)
+        answer = await self._calls.send(call)
         fetched = fetched_user(answer)
         self._cache.keep(fetched, asked)
         return fetched.user, answer.known_etag()
