@@ -33,6 +33,7 @@ from user_service_client.errors import (
     DeadlineExceeded,
     DecodeError,
     NotFound,
+    NotSent,
     UserServiceError,
 )
 from user_service_client.hooks import CacheEvent, CacheResult, Hooks, tell
@@ -44,6 +45,7 @@ FLOOR_FOR = 60.0
 """Seconds for which a version that was heard of is remembered: much longer than servers may lag
 behind one another (1 s under faults, 20 ms otherwise)."""
 MAX_FLOORS = 100_000
+MAX_DROPPED = 10_000
 ABOVE_ALL = 10**17
 """A version that no user has: what Postgres says is believed, and nothing else."""
 LAG = 2.0
@@ -60,6 +62,8 @@ REFRESHES_AT_ONCE = 16
 REFRESHES_A_SECOND = 200
 """How many old copies are revalidated in the background: after an outage, all are old together."""
 BATCHES_AT_ONCE = 4
+DOUBTFUL_AT_ONCE = 16
+"""How many users of a batch are asked for again at a time."""
 MAX_PAST_EPOCHS = 16
 
 _TAG = re.compile(r'(?:W/)?"([0-9a-f]+)\.([0-9a-f]+)\.([0-9]{1,18})"')
@@ -175,6 +179,13 @@ class Fetched(NamedTuple):
     size: int
 
 
+class Asked(NamedTuple):
+    """When something was asked: the answer is not kept if its user was invalidated meanwhile."""
+
+    at: float
+    generation: int
+
+
 class Use(Enum):
     """What a copy is wanted for, which says how old it may be."""
 
@@ -231,13 +242,12 @@ Found = dict[str, CachedUser | None]
 class _Flight:
     """A request that is under way, for one user or many, and until when somebody waits for it."""
 
-    __slots__ = ("deadline", "is_kept", "task")
+    __slots__ = ("deadline", "task")
 
     task: asyncio.Task[Found]
 
     def __init__(self, deadline: Deadline) -> None:
         self.deadline = Deadline(deadline.at)
-        self.is_kept = True
 
 
 class DocumentCache:
@@ -256,6 +266,7 @@ class DocumentCache:
         self.peek = self._entries.get
         """Return the copy of an id, however old, or None."""
         self._flights: dict[str, _Flight] = {}
+        self._tasks: set[asyncio.Task[Found]] = set()
         self._refreshes: set[asyncio.Task[Found]] = set()
         self._refresh_second = 0
         self._refreshed = 0
@@ -264,7 +275,10 @@ class DocumentCache:
         self._unknown: dict[str, float] = {}
         self._epoch: str | None = None
         self._past_epochs: dict[str, None] = {}
-        self._generation = 0
+        # Raised by whatever ends copies that are on their way. What was asked before `_cleared_in`
+        # is not kept, nor, of these users, what was asked before theirs.
+        self._generation = self._cleared_in = 0
+        self._dropped: dict[str, int] = {}
         # What was validated before is to be revalidated: the epoch or the stream began anew then.
         self._valid_from = -math.inf
         # What was validated since then is covered by the stream, which has told of all changes up
@@ -379,8 +393,9 @@ class DocumentCache:
         new: list[str] = []
         for user_id in ids:
             flight = self._flights.get(user_id)
-            # What must be new does not join a request from before, nor do special wishes.
-            if flight is None or wish.use is Use.CRITICAL or wish.options:
+            # What must be new does not join a request from before, nor do special wishes. What has
+            # ended, and was not tidied up yet, may be older than what was heard of since.
+            if flight is None or flight.task.done() or wish.use is Use.CRITICAL or wish.options:
                 new.append(user_id)
             else:
                 flight.deadline.put_off(wish.deadline.at)
@@ -394,6 +409,8 @@ class DocumentCache:
             error: UserServiceError
             try:
                 landed = flight.task.result()
+            except asyncio.CancelledError:
+                error = NotSent("the client was closed")
             except asyncio.InvalidStateError:
                 error = DeadlineExceeded("the request that was waited for took too long")
             except UserServiceError as failed:
@@ -439,43 +456,56 @@ class DocumentCache:
             else:
                 request = self._fetch_many(some, flight, options, turns)
             flight.task = asyncio.create_task(request, name="user-service-fetch")
-            flight.task.add_done_callback(partial(self._landed, some, flight))
+            self._tasks.add(flight.task)
+            flight.task.add_done_callback(partial(self._ended, some, flight))
             departed[flight] = some
             if not options:
                 self._flights |= dict.fromkeys(some, flight)
         return departed
 
-    def _landed(self, ids: Sequence[str], flight: _Flight, task: asyncio.Task[Found]) -> None:
+    def _landed(self, ids: Sequence[str], flight: _Flight) -> None:
+        """Let nobody join a request any more, of these users."""
         for user_id in ids:
             if self._flights.get(user_id) is flight:
                 del self._flights[user_id]
+
+    def _ended(self, ids: Sequence[str], flight: _Flight, task: asyncio.Task[Found]) -> None:
+        self._landed(ids, flight)
+        self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # of whom everybody who waited is gone, nobody asks for it
 
     async def _fetch(self, user_id: str, flight: _Flight, options: CallOptions) -> Found:
-        for _ in range(TRIES):
+        for left in reversed(range(TRIES)):
+            if not left:
+                # Of somebody who changes all the time, what is asked for now will do for those who
+                # wait by now.
+                self._landed([user_id], flight)
             held = self._entries.get(user_id)
-            floor, generation, asked_at = self._floor(user_id), self._generation, self._monotonic()
+            if held is not None and held.epoch != self._epoch:
+                held = None  # only who has not heard of the new epoch yet would confirm it
+            floor, asked = self.floor(user_id), self.asking()
             try:
                 fetched = await self._source.fetch(user_id, held, floor, flight.deadline, options)
             except NotFound as error:
                 if error.code != ErrorCode.USER_NOT_FOUND:
                     raise
-                if self._floor(user_id) > floor:
+                if self.floor(user_id) > floor:
                     continue  # it was created, or changed, while we asked
-                self._store.remove(user_id)
-                self._remember_unknown(user_id)
+                self._find_unknown(user_id, asked)
                 return {user_id: None}
-            may_keep = flight.is_kept and generation == self._generation
             if fetched is not None:
-                entry = self._keep(fetched, asked_at, may_keep)
-            elif held is not None and may_keep:
-                entry = self._confirm(held, asked_at)
+                entry = self._keep(fetched, asked)
+            elif held is not None and self._may_keep(user_id, asked):
+                entry = self._confirm(held, asked.at)
             else:
                 entry = None
             if entry is not None:
                 return {user_id: entry}
             self._overtaken += 1
+            answered = held if fetched is None else self._copy(fetched, asked.at)
+            if not left and answered is not None and answered.user.version >= floor:
+                return {user_id: answered}
         raise DecodeError("users.get: the service answers with what is outdated")
 
     async def _fetch_many(
@@ -486,27 +516,33 @@ class DocumentCache:
         turns: asyncio.Semaphore,
     ) -> Found:
         async with turns:
-            generation, asked_at = self._generation, self._monotonic()
+            asked = self.asking()
             fetched = await self._source.fetch_many(ids, flight.deadline, options)
         found: Found = {}
         doubtful: list[str] = []
         for user_id in ids:
             one = fetched.get(user_id)
             if one is not None:
-                may_keep = flight.is_kept and generation == self._generation
-                entry = self._keep(one, asked_at, may_keep)
+                entry = self._keep(one, asked)
                 if entry is not None:
                     found[user_id] = entry
                     continue
                 self._overtaken += 1
-            elif not self._floor(user_id):
-                self._store.remove(user_id)
-                self._remember_unknown(user_id)
+            elif not self.floor(user_id):
+                self._find_unknown(user_id, asked)
                 found[user_id] = None
                 continue
             doubtful.append(user_id)
+        # What was found is of now: a version may be heard of before the rest has come.
+        self._landed(list(found), flight)
         # A batch cannot say what it must not be older than.
-        for again in await asyncio.gather(*(self._fetch(i, flight, options) for i in doubtful)):
+        turns = asyncio.Semaphore(DOUBTFUL_AT_ONCE)
+
+        async def ask_again(user_id: str) -> Found:
+            async with turns:
+                return await self._fetch(user_id, flight, options)
+
+        for again in await asyncio.gather(*map(ask_again, doubtful)):
             found |= again
         return found
 
@@ -530,35 +566,47 @@ class DocumentCache:
 
     # Keeping
 
-    def keep(self, fetched: Fetched, asked_at: float) -> None:
+    def asking(self) -> Asked:
+        """Return what `keep` is to be told of a request that begins now."""
+        return Asked(self._monotonic(), self._generation)
+
+    def keep(self, fetched: Fetched, asked: Asked) -> None:
         """Keep what a write through this client, or a read past the cache, has answered."""
         if fetched.epoch:
             self.heard_of(fetched.user.id, fetched.user.version, fetched.epoch)
-            self._keep(fetched, asked_at, may_keep=True)
+            self._keep(fetched, asked)
 
-    def _keep(self, fetched: Fetched, asked_at: float, may_keep: bool) -> CachedUser | None:
+    def _may_keep(self, user_id: str, asked: Asked) -> bool:
+        """Whether nothing has ended all copies of a user since something was asked."""
+        return asked.generation >= max(self._cleared_in, self._dropped.get(user_id, 0))
+
+    def _keep(self, fetched: Fetched, asked: Asked) -> CachedUser | None:
         """Return what was fetched as a copy, kept if it may be; None if it is outdated."""
         user = fetched.user
-        entry = CachedUser(fetched, self, asked_at, self._fresh_until(asked_at))
+        may_keep = self._may_keep(user.id, asked)
+        entry = self._copy(fetched, asked.at)
         if not fetched.epoch or not self._is_current_epoch(fetched.epoch):
             return entry  # the latter of a server that has not heard of the new epoch yet
-        if user.version < self._floor(user.id):
+        if user.version < self.floor(user.id):
             return None
         held = self._entries.get(user.id)
         if held is not None and held.epoch == fetched.epoch:
             if held.user.version > user.version:
                 return held
             if held.user.version == user.version and held.format == fetched.format:
-                self._renew(held, asked_at)
+                self._renew(held, asked.at)
                 return held
         self._unknown.pop(user.id, None)
         if may_keep:
             self._store.put(entry)
         return entry
 
+    def _copy(self, fetched: Fetched, asked_at: float) -> CachedUser:
+        return CachedUser(fetched, self, asked_at, self._fresh_until(asked_at))
+
     def _confirm(self, held: CachedUser, asked_at: float) -> CachedUser | None:
         """Take a copy for as new as the question was; None if it is outdated by now."""
-        if held.epoch != self._epoch or held.user.version < self._floor(held.user.id):
+        if held.epoch != self._epoch or held.user.version < self.floor(held.user.id):
             return None
         self._confirmed += 1
         self._renew(held, asked_at)
@@ -602,16 +650,24 @@ class DocumentCache:
         if self._store.remove(user_id) is not None:
             self._invalidated += 1
         self._unknown.pop(user_id, None)
-        flight = self._flights.pop(user_id, None)
-        if flight is not None:
-            flight.is_kept = False
+        self._flights.pop(user_id, None)
+        self._generation += 1
+        self._dropped.pop(user_id, None)
+        self._dropped[user_id] = self._generation
+        if len(self._dropped) > MAX_DROPPED:
+            self._cleared_in = self._dropped.pop(next(iter(self._dropped)))
 
     def clear(self) -> None:
         """Do not believe any copy, nor one that is on its way."""
-        self._generation += 1
+        self._keep_nothing_from_before()
         self._store.clear()
         self._unknown.clear()
         self._flights.clear()
+
+    def _keep_nothing_from_before(self) -> None:
+        self._generation += 1
+        self._cleared_in = self._generation
+        self._dropped.clear()
 
     def began(self) -> None:
         """The stream begins here: it covers what is read from now on."""
@@ -634,9 +690,10 @@ class DocumentCache:
 
     def reset(self) -> None:
         """Something may have been missed: mark all copies to be revalidated when they are read."""
+        self._valid_from = now = self._monotonic()
+        before = math.nextafter(now, -math.inf)  # the clock of a test stands still
         for entry in self._entries.values():
-            entry.validated_at = self._known_good_at(entry)
-        self._valid_from = self._monotonic()
+            entry.validated_at = min(before, self._known_good_at(entry))
         self.began()
 
     def _is_current_epoch(self, epoch: str) -> bool:
@@ -653,7 +710,7 @@ class DocumentCache:
             # Versions of another epoch say nothing of this one's.
             self._floors.clear()
             self._unknown.clear()
-            self._generation += 1
+            self._keep_nothing_from_before()
             self.reset()
         self._epoch = epoch
         return True
@@ -663,7 +720,7 @@ class DocumentCache:
         """The newest epoch that was seen."""
         return self._epoch
 
-    def _floor(self, user_id: str) -> int:
+    def floor(self, user_id: str) -> int:
         """Return the version below which no copy of a user is believed."""
         version, _ = self._floors.get(user_id, (0.0, 0.0))
         return ABOVE_ALL if version == math.inf else int(version)
@@ -683,7 +740,14 @@ class DocumentCache:
         del self._unknown[user_id]
         return False
 
+    def _find_unknown(self, user_id: str, asked: Asked) -> None:
+        if self._may_keep(user_id, asked):
+            self._store.remove(user_id)
+            self._remember_unknown(user_id)
+
     def _remember_unknown(self, user_id: str) -> None:
+        if self._options.max_documents < 1:
+            return
         if len(self._unknown) >= MAX_UNKNOWN:
             del self._unknown[next(iter(self._unknown))]
         self._unknown[user_id] = self._monotonic() + UNKNOWN_FOR
@@ -708,7 +772,7 @@ class DocumentCache:
 
     async def aclose(self) -> None:
         """End what is under way."""
-        tasks = {flight.task for flight in self._flights.values()} | self._refreshes
+        tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -716,4 +780,5 @@ class DocumentCache:
     def _let_go(self) -> None:
         """Forget requests of an event loop that is over."""
         self._flights.clear()
+        self._tasks.clear()
         self._refreshes.clear()

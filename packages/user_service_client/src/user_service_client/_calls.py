@@ -207,6 +207,10 @@ class Calls:
             seconds = min(seconds, left)
         return Deadline(self._clock.monotonic() + seconds)
 
+    def deadline_of_its_own(self) -> Deadline:
+        """Return the deadline of a call that begins now, and belongs to nobody's scope."""
+        return Deadline(self._clock.monotonic() + self._timeout)
+
     async def send(self, call: Call) -> Answer:
         """Make `call` and return the answer: a success, or what the call `accepts`.
 

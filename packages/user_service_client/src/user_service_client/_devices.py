@@ -36,7 +36,9 @@ class Devices:
             NotFound: nobody has this id.
         """
         path = user_path(user_id, "/devices")
-        answer = await self._calls.send(Call("devices.list", "GET", path, **options))
+        floor = self._writes.floor(user_id)
+        call = Call("devices.list", "GET", path, min_version=floor, **options)
+        answer = await self._calls.send(call)
         return answer.data(_DEVICES)
 
     async def register(

@@ -63,7 +63,9 @@ class PreferencesOfUsers:
 
     async def _read(self, user_id: Id, **options: Unpack[CallOptions]) -> Answer:
         path = user_path(user_id, "/preferences")
-        return await self._calls.send(Call("preferences.get", "GET", path, **options))
+        floor = self._writes.floor(user_id)
+        call = Call("preferences.get", "GET", path, min_version=floor, **options)
+        return await self._calls.send(call)
 
     async def update(
         self,

@@ -35,7 +35,6 @@ from user_service_client._calls import (
     shared_wishes,
     user_path,
 )
-from user_service_client._clock import Clock
 from user_service_client._deadline import Deadline
 from user_service_client._writes import Writes
 
@@ -111,7 +110,7 @@ class DocumentSource:
 
     def deadline(self) -> Deadline:
         """Return the deadline of a read for which nobody waits."""
-        return self._calls.deadline(None)
+        return self._calls.deadline_of_its_own()
 
 
 def fetched_user(answer: Answer) -> Fetched:
@@ -130,13 +129,12 @@ class Users:
     special to the method.
     """
 
-    def __init__(self, calls: Calls, cache: DocumentCache, writes: Writes, clock: Clock) -> None:
+    def __init__(self, calls: Calls, cache: DocumentCache, writes: Writes) -> None:
         self._calls = calls
         self._cache = cache
         self._writes = writes
         self._hit = cache.hit
         self._peek = cache.peek
-        self._monotonic = clock.monotonic
 
     async def get(
         self,
@@ -174,10 +172,12 @@ class Users:
         Raises:
             NotFound: nobody has this id.
         """
-        asked_at = self._monotonic()
-        answer = await self._calls.send(Call("users.get", "GET", user_path(user_id), **options))
+        asked = self._cache.asking()
+        floor = self._cache.floor(id_text(user_id))
+        call = Call("users.get", "GET", user_path(user_id), min_version=floor, **options)
+        answer = await self._calls.send(call)
         fetched = fetched_user(answer)
-        self._cache.keep(fetched, asked_at)
+        self._cache.keep(fetched, asked)
         return fetched.user, answer.known_etag()
 
     async def get_many(
@@ -293,10 +293,10 @@ class Users:
             locale=locale,
             preferences=preferences or PreferencesUpdate(),
         )
-        asked_at = self._monotonic()
+        asked = self._cache.asking()
         call = Call("users.create", "POST", "/api/v1/users/", body=body, is_write=True, **options)
         fetched = fetched_user(await self._calls.send(call))
-        self._cache.keep(fetched, asked_at)
+        self._cache.keep(fetched, asked)
         return fetched.user
 
     async def update(
@@ -323,10 +323,10 @@ class Users:
         body = UserUpdate(
             name=name, email=email, phone=phone, external_id=external_id, locale=locale
         )
-        asked_at = self._monotonic()
+        asked = self._cache.asking()
         answer = await self._writes.send("users.update", "PATCH", user_id, options, body=body)
         fetched = fetched_user(answer)
-        self._cache.keep(fetched, asked_at)
+        self._cache.keep(fetched, asked)
         return fetched.user
 
     async def delete(self, user_id: Id, **options: Unpack[WriteOptions]) -> None:

@@ -52,6 +52,10 @@ class Writes:
         self._learn(subject, answer.etag)
         return answer
 
+    def floor(self, user_id: Id) -> int:
+        """Return the version of a user below which nothing is believed."""
+        return self._cache.floor(id_text(user_id))
+
     async def _condition(self, user_id: str, options: WriteOptions) -> str | None:
         version = options.get("if_version")
         if version is None or isinstance(version, str):
@@ -74,7 +78,8 @@ class Writes:
         try:
             yield
         except VersionMismatch as error:
-            self._learn(user_id, error.etag)
+            if not self._learn(user_id, error.etag):
+                self._cache.invalidate(user_id)
             raise
         except UserServiceError as error:
             is_gone = isinstance(error, ApiError) and error.code == ErrorCode.USER_NOT_FOUND
@@ -85,7 +90,10 @@ class Writes:
             self._cache.invalidate(user_id)
             raise
 
-    def _learn(self, user_id: str, etag: str | None) -> None:
+    def _learn(self, user_id: str, etag: str | None) -> bool:
+        """Hear of the version that an ETag tells; returns whether it does."""
         tag = Tag.parse(etag)
-        if tag is not None:
-            self._cache.heard_of(user_id, tag.version, tag.epoch)
+        if tag is None:
+            return False
+        self._cache.heard_of(user_id, tag.version, tag.epoch)
+        return True

@@ -120,7 +120,7 @@ class UserServiceClient:
         self._live = LiveUpdates(calls, self._documents, home, clock, hooks) if live else None
         self._made_at = clock.now()
         writes = Writes(calls, self._documents)
-        self.users = Users(calls, self._documents, writes, clock)
+        self.users = Users(calls, self._documents, writes)
         self.preferences = PreferencesOfUsers(calls, writes)
         self.devices = Devices(calls, writes)
         self.deliveries = Deliveries(calls, self._documents, clock)
