@@ -26,6 +26,7 @@ from user_service_client._retry import (
     is_outage,
     is_retried,
     is_throttled,
+    leaves_in_doubt,
     try_again,
 )
 from user_service_client._transport import Attempt, Transport
@@ -310,12 +311,12 @@ class Calls:
                     request_id=run.request_id,
                 ),
             )
-        answer = run.answer = Answer(call.operation, reply, run.request_id)
+        elapsed = self._clock.monotonic() - run.started
+        answer = run.answer = Answer(call.operation, reply, run.request_id, run.attempts, elapsed)
         if answer.is_success or answer.status in call.accepts:
             return None
         refused = answer.error()
-        # An unexpected failure may have come after the commit, and a gateway does not know.
-        refused.maybe_processed = answer.status in {500, 502, 504}
+        refused.maybe_processed = leaves_in_doubt(refused)
         return refused
 
     def _in_time(self, run: _Run, error: UserServiceError) -> UserServiceError:
