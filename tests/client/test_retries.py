@@ -327,6 +327,33 @@ async def test_time_that_is_up_after_an_attempt_that_left_says_so(scripted: Scri
     assert "maybe processed" in str(caught.value)
 
 
+async def test_a_write_that_needs_a_read_first_and_fails_there_was_not_sent(
+    scripted: Scripted,
+) -> None:
+    scripted.answers(httpx.ReadError("reset"))
+    with pytest.raises(UserServiceError) as caught:
+        await scripted.client.users.delete(USER_ID, if_version=3)
+    assert {request.method for request in scripted.requests} == {"GET"}
+    assert type(caught.value) is NotSent
+    assert (caught.value.maybe_processed, caught.value.attempts) == (False, 3)
+
+
+async def test_a_write_that_needs_a_read_first_has_one_deadline_for_both(
+    scripted: Scripted,
+) -> None:
+    def answer(request: httpx.Request, route: respx.Route) -> httpx.Response:
+        scripted.clock.advance(1)
+        if request.method == "GET" and route.call_count:
+            return httpx.Response(200, content=envelope(USER), headers={"ETag": '"e.0f.3"'})
+        return refusal(503, **{"Retry-After": "0"})
+
+    scripted.route.mock(side_effect=answer)
+    with pytest.raises(UserServiceError) as caught:
+        await scripted.client.users.delete(USER_ID, if_version=3, timeout=3.5, retries=9)
+    assert [request.method for request in scripted.requests] == ["GET", "GET", "DELETE", "DELETE"]
+    assert isinstance(caught.value, ServerError)
+
+
 # Hooks
 
 
