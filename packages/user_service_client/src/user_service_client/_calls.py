@@ -177,6 +177,7 @@ class Calls:
         self._api_key = _checked_key(api_key) if isinstance(api_key, str) else api_key
         self._timeout = timeout
         self._attempt_timeout = attempt_timeout
+        self._fair = min(timeout, attempt_timeout) / 2
         self._retries = retries
         self._transport = transport
         self._home = home
@@ -266,6 +267,9 @@ class Calls:
             error = await self._exchange(run, attempt, limit)
             status = run.answer.status if error is None else error.status
             failed = error is not None and is_outage(error) and not is_throttled(error)
+            took = self._clock.monotonic() - started
+            if failed and status is None and limit < self._fair and took >= limit - TICK:
+                failed = None  # the caller's time was up: that says nothing of the service
         finally:
             self.breaker.ended(admission, failed)
             tell(
