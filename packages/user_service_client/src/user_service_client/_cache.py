@@ -33,6 +33,7 @@ from user_service_client.errors import (
     DeadlineExceeded,
     DecodeError,
     NotFound,
+    NotSent,
     UserServiceError,
 )
 from user_service_client.hooks import CacheEvent, CacheResult, Hooks, tell
@@ -256,6 +257,7 @@ class DocumentCache:
         self.peek = self._entries.get
         """Return the copy of an id, however old, or None."""
         self._flights: dict[str, _Flight] = {}
+        self._under_way: set[asyncio.Task[Found]] = set()
         self._refreshes: set[asyncio.Task[Found]] = set()
         self._refresh_second = 0
         self._refreshed = 0
@@ -377,6 +379,7 @@ class DocumentCache:
 
     async def _ask(self, ids: Sequence[str], wish: Wish, one_by_one: bool) -> Found:
         """Ask the service; where it cannot be reached, a copy will do that is not too old."""
+        self._home.enter()  # before requests of another loop are joined
         flights: dict[_Flight, list[str]] = {}
         new: list[str] = []
         for user_id in ids:
@@ -394,6 +397,10 @@ class DocumentCache:
         found: Found = {}
         for flight, some in flights.items():
             error: UserServiceError
+            if flight.task.cancelled():  # by `aclose`, and not with who waits
+                error = NotSent("the client was closed")
+                found |= self._make_do(some, error, wish)
+                continue
             try:
                 landed = flight.task.result()
             except asyncio.InvalidStateError:
@@ -429,7 +436,6 @@ class DocumentCache:
         self, ids: Sequence[str], deadline: Deadline, options: CallOptions, one_by_one: bool
     ) -> dict[_Flight, list[str]]:
         """Begin requests for these ids, which others may join."""
-        self._home.enter()
         turns = asyncio.Semaphore(BATCHES_AT_ONCE)
         size = 1 if one_by_one else MAX_BATCH
         departed: dict[_Flight, list[str]] = {}
@@ -442,12 +448,14 @@ class DocumentCache:
                 request = self._fetch_many(some, flight, options, turns)
             flight.task = asyncio.create_task(request, name="user-service-fetch")
             flight.task.add_done_callback(partial(self._landed, some, flight))
+            self._under_way.add(flight.task)
             departed[flight] = some
             if not options:
                 self._flights |= dict.fromkeys(some, flight)
         return departed
 
     def _landed(self, ids: Sequence[str], flight: _Flight, task: asyncio.Task[Found]) -> None:
+        self._under_way.discard(task)
         for user_id in ids:
             if self._flights.get(user_id) is flight:
                 del self._flights[user_id]
@@ -514,6 +522,7 @@ class DocumentCache:
 
     def _refresh(self, ids: Sequence[str], one_by_one: bool) -> None:
         """Revalidate old copies in the background, as many at a time as do no harm."""
+        self._home.enter()
         second = int(self._monotonic())
         if second != self._refresh_second:
             self._refresh_second, self._refreshed = second, 0
@@ -710,7 +719,7 @@ class DocumentCache:
 
     async def aclose(self) -> None:
         """End what is under way."""
-        tasks = {flight.task for flight in self._flights.values()} | self._refreshes
+        tasks = list(self._under_way)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -718,4 +727,5 @@ class DocumentCache:
     def _let_go(self) -> None:
         """Forget requests of an event loop that is over."""
         self._flights.clear()
+        self._under_way.clear()
         self._refreshes.clear()

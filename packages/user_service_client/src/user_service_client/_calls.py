@@ -126,6 +126,7 @@ class _Run:
         "answer",
         "attempts",
         "call",
+        "closings",
         "deadline",
         "headers",
         "maybe_processed",
@@ -135,9 +136,17 @@ class _Run:
     )
 
     def __init__(
-        self, call: Call, headers: httpx.Headers, deadline: Deadline, retries: int, started: float
+        self,
+        call: Call,
+        headers: httpx.Headers,
+        deadline: Deadline,
+        retries: int,
+        *,
+        started: float,
+        closings: int,
     ) -> None:
         self.call = call
+        self.closings = closings
         self.headers = headers
         self.deadline = deadline
         self.retries = retries
@@ -203,13 +212,13 @@ class Calls:
             UserServiceError: of whatever kind.
             RuntimeError: the client is in use in another thread.
         """
-        self._home.enter()
         run = _Run(
             call,
             self._headers(call),
             call.deadline or self.deadline(call.timeout),
             self._retries if call.retries is None else call.retries,
-            self._clock.monotonic(),
+            started=self._clock.monotonic(),
+            closings=self._transport.closings,
         )
         with self._tracing.call(call.operation):
             error = await self._attempt(run)
@@ -224,6 +233,8 @@ class Calls:
 
         async def again() -> UserServiceError | None:
             nonlocal last
+            if run.closings != self._transport.closings:  # while it waited
+                return None
             outcome = await self._attempt(run)
             if not isinstance(outcome, CircuitOpen):  # which says less than what opened it
                 last = outcome
@@ -243,7 +254,9 @@ class Calls:
             return delay
 
         def pause_if_left(error: UserServiceError, attempt: int) -> float | None:
-            return pause_before(error, attempt) if attempt <= run.retries else None
+            if attempt > run.retries or run.closings != self._transport.closings:
+                return None
+            return pause_before(error, attempt)
 
         if is_retried(first):
             await try_again(first, again, pause_before=pause_if_left, sleep=self._clock.sleep)
@@ -251,6 +264,7 @@ class Calls:
 
     async def _attempt(self, run: _Run) -> UserServiceError | None:
         """Make one attempt; returns what it failed with, or keeps the answer."""
+        self._home.enter()  # each time: others may have used it elsewhere since the one before
         started = self._clock.monotonic()
         limit = min(self._attempt_timeout, run.deadline.at - started)
         if limit <= 0:
