@@ -380,6 +380,7 @@ class DocumentCache:
     async def _ask(self, ids: Sequence[str], wish: Wish, one_by_one: bool) -> Found:
         """Ask the service; where it cannot be reached, a copy will do that is not too old."""
         self._home.enter()  # before requests of another loop are joined
+        started = self._monotonic()
         flights: dict[_Flight, list[str]] = {}
         new: list[str] = []
         for user_id in ids:
@@ -398,13 +399,16 @@ class DocumentCache:
         for flight, some in flights.items():
             error: UserServiceError
             if flight.task.cancelled():  # by `aclose`, and not with who waits
-                error = NotSent("the client was closed")
+                error = NotSent("the client was closed", elapsed=self._monotonic() - started)
                 found |= self._make_do(some, error, wish)
                 continue
             try:
                 landed = flight.task.result()
             except asyncio.InvalidStateError:
-                error = DeadlineExceeded("the request that was waited for took too long")
+                error = DeadlineExceeded(
+                    "the request that was waited for took too long",
+                    elapsed=self._monotonic() - started,
+                )
             except UserServiceError as failed:
                 error = failed
             else:

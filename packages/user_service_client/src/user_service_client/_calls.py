@@ -345,7 +345,7 @@ class Calls:
         return self._out_of_time(run)
 
     def _out_of_time(self, run: _Run) -> DeadlineExceeded:
-        timeout = run.deadline.at - run.started
+        timeout = max(0.0, run.deadline.at - run.started)  # it may have begun too late
         sent = "maybe processed" if run.maybe_processed else "not sent"
         return DeadlineExceeded(
             f"{run.call.operation}: no answer within {timeout:.3g} s, {sent}"
