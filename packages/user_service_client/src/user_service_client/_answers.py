@@ -32,11 +32,15 @@ class Answer:
     Attributes:
         operation: The method that was called, such as `users.get`.
         sent_id: The request id that the call was sent with.
+        attempts: How often the service was asked until it came.
+        elapsed: Seconds from the start of the call.
     """
 
     operation: str
     reply: Reply
     sent_id: str
+    attempts: int = 1
+    elapsed: float = 0.0
 
     @classmethod
     def of(cls, operation: str, response: httpx.Response, sent_id: str) -> Answer:
@@ -120,6 +124,9 @@ class Answer:
             f"{self.operation}: {self.status}, {reason} (request id {request_id})",
             request_id=request_id,
             status=self.status,
+            attempts=self.attempts,
+            elapsed=self.elapsed,
+            maybe_processed=self.is_success,
         )
 
 

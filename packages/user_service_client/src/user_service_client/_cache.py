@@ -266,7 +266,7 @@ class DocumentCache:
         self.peek = self._entries.get
         """Return the copy of an id, however old, or None."""
         self._flights: dict[str, _Flight] = {}
-        self._tasks: set[asyncio.Task[Found]] = set()
+        self._under_way: set[asyncio.Task[Found]] = set()
         self._refreshes: set[asyncio.Task[Found]] = set()
         self._refresh_second = 0
         self._refreshed = 0
@@ -389,6 +389,8 @@ class DocumentCache:
 
     async def _ask(self, ids: Sequence[str], wish: Wish, one_by_one: bool) -> Found:
         """Ask the service; where it cannot be reached, a copy will do that is not too old."""
+        self._home.enter()  # before requests of another loop are joined
+        started = self._monotonic()
         flights: dict[_Flight, list[str]] = {}
         new: list[str] = []
         for user_id in ids:
@@ -407,12 +409,17 @@ class DocumentCache:
         found: Found = {}
         for flight, some in flights.items():
             error: UserServiceError
+            if flight.task.cancelled():  # by `aclose`, and not with who waits
+                error = NotSent("the client was closed", elapsed=self._monotonic() - started)
+                found |= self._make_do(some, error, wish)
+                continue
             try:
                 landed = flight.task.result()
-            except asyncio.CancelledError:
-                error = NotSent("the client was closed")
             except asyncio.InvalidStateError:
-                error = DeadlineExceeded("the request that was waited for took too long")
+                error = DeadlineExceeded(
+                    "the request that was waited for took too long",
+                    elapsed=self._monotonic() - started,
+                )
             except UserServiceError as failed:
                 error = failed
             else:
@@ -444,7 +451,6 @@ class DocumentCache:
         self, ids: Sequence[str], deadline: Deadline, options: CallOptions, one_by_one: bool
     ) -> dict[_Flight, list[str]]:
         """Begin requests for these ids, which others may join."""
-        self._home.enter()
         turns = asyncio.Semaphore(BATCHES_AT_ONCE)
         size = 1 if one_by_one else MAX_BATCH
         departed: dict[_Flight, list[str]] = {}
@@ -456,7 +462,7 @@ class DocumentCache:
             else:
                 request = self._fetch_many(some, flight, options, turns)
             flight.task = asyncio.create_task(request, name="user-service-fetch")
-            self._tasks.add(flight.task)
+            self._under_way.add(flight.task)
             flight.task.add_done_callback(partial(self._ended, some, flight))
             departed[flight] = some
             if not options:
@@ -471,7 +477,7 @@ class DocumentCache:
 
     def _ended(self, ids: Sequence[str], flight: _Flight, task: asyncio.Task[Found]) -> None:
         self._landed(ids, flight)
-        self._tasks.discard(task)
+        self._under_way.discard(task)
         if not task.cancelled():
             task.exception()  # of whom everybody who waited is gone, nobody asks for it
 
@@ -548,6 +554,7 @@ class DocumentCache:
 
     def _refresh(self, ids: Sequence[str], one_by_one: bool) -> None:
         """Revalidate old copies in the background, as many at a time as do no harm."""
+        self._home.enter()
         second = int(self._monotonic())
         if second != self._refresh_second:
             self._refresh_second, self._refreshed = second, 0
@@ -772,7 +779,7 @@ class DocumentCache:
 
     async def aclose(self) -> None:
         """End what is under way."""
-        tasks = list(self._tasks)
+        tasks = list(self._under_way)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -780,5 +787,5 @@ class DocumentCache:
     def _let_go(self) -> None:
         """Forget requests of an event loop that is over."""
         self._flights.clear()
-        self._tasks.clear()
+        self._under_way.clear()
         self._refreshes.clear()

@@ -26,6 +26,7 @@ from user_service_client._retry import (
     is_outage,
     is_retried,
     is_throttled,
+    leaves_in_doubt,
     try_again,
 )
 from user_service_client._transport import Attempt, Transport
@@ -138,6 +139,7 @@ class _Run:
         "answer",
         "attempts",
         "call",
+        "closings",
         "deadline",
         "headers",
         "maybe_processed",
@@ -147,9 +149,17 @@ class _Run:
     )
 
     def __init__(
-        self, call: Call, headers: httpx.Headers, deadline: Deadline, retries: int, started: float
+        self,
+        call: Call,
+        headers: httpx.Headers,
+        deadline: Deadline,
+        retries: int,
+        *,
+        started: float,
+        closings: int,
     ) -> None:
         self.call = call
+        self.closings = closings
         self.headers = headers
         self.deadline = deadline
         self.retries = retries
@@ -189,6 +199,7 @@ class Calls:
         self._api_key = _checked_key(api_key) if isinstance(api_key, str) else api_key
         self._timeout = timeout
         self._attempt_timeout = attempt_timeout
+        self._fair = min(timeout, attempt_timeout) / 2
         self._retries = retries
         self._transport = transport
         self._home = home
@@ -218,13 +229,13 @@ class Calls:
             UserServiceError: of whatever kind.
             RuntimeError: the client is in use in another thread.
         """
-        self._home.enter()
         run = _Run(
             call,
             self._headers(call),
             call.deadline or self.deadline(call.timeout),
             self._retries if call.retries is None else call.retries,
-            self._clock.monotonic(),
+            started=self._clock.monotonic(),
+            closings=self._transport.closings,
         )
         with self._tracing.call(call.operation):
             error = await self._attempt(run)
@@ -239,6 +250,8 @@ class Calls:
 
         async def again() -> UserServiceError | None:
             nonlocal last
+            if run.closings != self._transport.closings:  # while it waited
+                return None
             outcome = await self._attempt(run)
             if not isinstance(outcome, CircuitOpen):  # which says less than what opened it
                 last = outcome
@@ -258,7 +271,9 @@ class Calls:
             return delay
 
         def pause_if_left(error: UserServiceError, attempt: int) -> float | None:
-            return pause_before(error, attempt) if attempt <= run.retries else None
+            if attempt > run.retries or run.closings != self._transport.closings:
+                return None
+            return pause_before(error, attempt)
 
         if is_retried(first):
             await try_again(first, again, pause_before=pause_if_left, sleep=self._clock.sleep)
@@ -266,6 +281,7 @@ class Calls:
 
     async def _attempt(self, run: _Run) -> UserServiceError | None:
         """Make one attempt; returns what it failed with, or keeps the answer."""
+        self._home.enter()  # each time: others may have used it elsewhere since the one before
         started = self._clock.monotonic()
         limit = min(self._attempt_timeout, run.deadline.at - started)
         if limit <= 0:
@@ -282,6 +298,9 @@ class Calls:
             error = await self._exchange(run, attempt, limit)
             status = run.answer.status if error is None else error.status
             failed = error is not None and is_outage(error) and not is_throttled(error)
+            took = self._clock.monotonic() - started
+            if failed and status is None and limit < self._fair and took >= limit - TICK:
+                failed = None  # the caller's time was up: that says nothing of the service
         finally:
             self.breaker.ended(admission, failed)
             tell(
@@ -327,12 +346,12 @@ class Calls:
                     request_id=run.request_id,
                 ),
             )
-        answer = run.answer = Answer(call.operation, reply, run.request_id)
+        elapsed = self._clock.monotonic() - run.started
+        answer = run.answer = Answer(call.operation, reply, run.request_id, run.attempts, elapsed)
         if answer.is_success or answer.status in call.accepts:
             return None
         refused = answer.error()
-        # An unexpected failure may have come after the commit, and a gateway does not know.
-        refused.maybe_processed = answer.status in {500, 502, 504}
+        refused.maybe_processed = leaves_in_doubt(refused)
         return refused
 
     def _in_time(self, run: _Run, error: UserServiceError) -> UserServiceError:
@@ -343,7 +362,7 @@ class Calls:
         return self._out_of_time(run)
 
     def _out_of_time(self, run: _Run) -> DeadlineExceeded:
-        timeout = run.deadline.at - run.started
+        timeout = max(0.0, run.deadline.at - run.started)  # it may have begun too late
         sent = "maybe processed" if run.maybe_processed else "not sent"
         return DeadlineExceeded(
             f"{run.call.operation}: no answer within {timeout:.3g} s, {sent}"

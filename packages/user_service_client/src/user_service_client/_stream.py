@@ -112,6 +112,11 @@ class LiveUpdates:
         """Whether it hears of changes, and since when."""
         return ClientStatus(self._state, self._since, self._cache.is_complete)
 
+    @property
+    def is_following(self) -> bool:
+        """Whether a task follows the stream, or tries to."""
+        return self._task is not None and not self._task.done()
+
     def _start(self) -> None:
         self._come_to(StreamState.INITIALIZING, "start")
         self._task = asyncio.create_task(self._run(), name="user-service-stream")

@@ -73,6 +73,9 @@ class Transport:
 
     Its own is backed by aiohttp: a call that is cancelled inside httpx' pool (httpcore 1.0) can
     leave a connection that nobody opens or closes, until none is left (encode/httpcore#1093).
+
+    Attributes:
+        closings: How often it was closed: what began before then is not tried again.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class Transport:
         else:
             self._make = transport or _default_transport()
         self._current: httpx.AsyncBaseTransport | None = self._given
+        self.closings = 0
         home.on_move(self.abandon)
 
     @property
@@ -147,9 +151,15 @@ class Transport:
 
     async def aclose(self) -> None:
         """Close the connections, and with them what is still under way."""
-        if self._current is not None:
-            await self._current.aclose()
-            self._current = self._given
+        self.closings += 1
+        current, self._current = self._current, self._given
+        if current is not None:
+            await current.aclose()
+
+    def forget(self) -> None:
+        """Close the connections as far as that can be done without an event loop."""
+        self.closings += 1
+        self.abandon()
 
 
 def _default_transport() -> TransportFactory:

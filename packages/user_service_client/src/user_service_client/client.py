@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Self, Unpack
 
@@ -146,11 +147,13 @@ class UserServiceClient:
 
     async def aclose(self) -> None:
         """Close the connections and end what is under way. The client can be used again."""
-        if self._live is not None:
-            await self._live.aclose()
-        await self._documents.aclose()
-        await self._transport.aclose()
-        self._home.leave()
+        self._home.come()
+        async with AsyncExitStack() as stack:  # to its end, also if it is cancelled
+            stack.callback(self._home.leave)
+            stack.push_async_callback(self._transport.aclose)
+            stack.push_async_callback(self._documents.aclose)
+            if self._live is not None:
+                await self._live.aclose()
 
     async def __aenter__(self) -> Self:
         self._home.enter()
@@ -166,11 +169,13 @@ class UserServiceClient:
 
     def __del__(self) -> None:
         # Not made to its end if its arguments were refused.
-        transport = getattr(self, "_transport", None)
-        if transport is None or not transport.has_connections:
+        live: LiveUpdates | None = getattr(self, "_live", None)
+        transport: Transport | None = getattr(self, "_transport", None)
+        is_following = live is not None and live.is_following
+        if transport is None or not (transport.has_connections or is_following):
             return
         warnings.warn(f"{type(self).__name__} was not closed: await aclose()", ResourceWarning, 2)
         loop = self._home.loop
-        if self._live is not None and loop is not None and not loop.is_closed():
-            self._live.abandon(loop)
-        transport.abandon()
+        if live is not None and loop is not None and not loop.is_closed():
+            live.abandon(loop)
+        transport.forget()
