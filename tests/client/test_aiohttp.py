@@ -528,18 +528,28 @@ async def test_a_connection_that_the_server_ends_while_idle_is_not_used(
 ) -> None:
     monkeypatch.setattr(_aiohttp, "UNNOTICED", 0.0)
 
+    may_end = asyncio.Event()
+    ended = asyncio.Event()
+
     async def end(server: Server, reader: Reader, writer: Writer) -> None:
         await server.request(reader)
         writer.write(ANSWER)
-        await asyncio.sleep(0.01)
+        await may_end.wait()
+        may_end.clear()
         if last:
             writer.write(last)
-            await asyncio.Event().wait()
+        else:
+            writer.close()
+            await writer.wait_closed()
+        ended.set()
+        await asyncio.Event().wait()
 
     async with serving(end) as server:
         for _ in range(10):
             assert await call(transport, request(server.url)) == b"ok"
-            await asyncio.sleep(0.02)
+            may_end.set()
+            await ended.wait()
+            ended.clear()
     assert server.connections == 10
 
 
