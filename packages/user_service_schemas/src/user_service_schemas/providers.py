@@ -137,7 +137,7 @@ def from_apns(status: int, body: Body, *, token: str, at: datetime) -> PushFeedb
     reason = _APNS.get((status, answer.reason))
     if reason is None:
         return None
-    if status == 410 and answer.timestamp is not None:
+    if answer.timestamp is not None:
         at = _from_milliseconds(answer.timestamp, at)
     return PushFeedback(token=token, reason=reason, at=at)
 
