@@ -325,6 +325,22 @@ async def test_late_failures_from_before_the_opening_are_not_taken_for_the_probe
     assert await troubled.call() is None
 
 
+async def test_late_failures_from_before_the_opening_do_not_put_off_the_probe(
+    troubled: Troubled,
+) -> None:
+    troubled.gate = gate = asyncio.Event()
+    late = [asyncio.create_task(troubled.call(retries=0)) for _ in range(30)]
+    await asyncio.sleep(0.01)
+    troubled.gate = None
+    await troubled.open_breaker()
+    troubled.clock.advance(4)
+    gate.set()
+    await asyncio.gather(*late)
+    troubled.clock.advance(1.1)
+    troubled.status = 200
+    assert await troubled.call() is None
+
+
 async def test_a_late_success_from_before_the_opening_does_not_close(troubled: Troubled) -> None:
     troubled.gate = gate = asyncio.Event()
     troubled.status = 200
