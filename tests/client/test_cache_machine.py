@@ -159,6 +159,13 @@ class ClientMachine(RuleBasedStateMachine):
 
         self.run(self._begin_reading(reading, use))
 
+    @rule(user=USER, server=SERVERS)
+    def is_read(self, user: str, server: int) -> None:
+        """One read from its beginning to its end: most of the others need a copy."""
+        self.read(user, Use.READ)
+        if self.replicas.pending:
+            self.run(self._arrive(-1, server))
+
     @rule(user=USER)
     def hit(self, user: str) -> None:
         """What `users.get` returns without asking."""
@@ -293,6 +300,13 @@ class ClientMachine(RuleBasedStateMachine):
         oldest = min((pending.at for pending in self.replicas.pending), default=math.inf)
         if self.clock.monotonic() + seconds - oldest <= FLIGHT:
             self.run(self._pass(seconds))
+
+    @precondition(lambda self: not self.replicas.pending)
+    @rule(beats=st.sampled_from((3, 3, 7, 22)))
+    def time_passes_while_the_heart_beats(self, beats: int) -> None:
+        for _ in range(beats):
+            self.run(self._pass(15))
+            self.run(self._events(0, heartbeat=True))
 
     async def _pass(self, seconds: float) -> None:
         await self.clock.advance(seconds)
