@@ -683,12 +683,16 @@ class DocumentCache:
 
     def complete(self, lag: float) -> None:
         """The stream has told of all changes until `lag` seconds ago."""
-        self._through = max(self._through, self._monotonic() - lag)
+        self._through = max(self._through, self._monotonic() - max(0.0, lag))
         self._complete_until = self._through + COMPLETE_FOR
 
     def interrupted(self) -> None:
-        """The stream is gone: changes are not told of, until it goes on from where it was."""
-        self._complete_until = -math.inf
+        """The stream is gone: changes are not told of, until it goes on from where it was.
+
+        What it covered is as if it had been validated when it was last complete, or each restart of
+        a server would have all copies revalidated at once.
+        """
+        self._complete_until = min(self._complete_until, self._through + self._options.fresh_for)
 
     @property
     def is_complete(self) -> bool:
@@ -717,10 +721,15 @@ class DocumentCache:
             # Versions of another epoch say nothing of this one's.
             self._floors.clear()
             self._unknown.clear()
+            self._flights.clear()
             self._keep_nothing_from_before()
             self.reset()
         self._epoch = epoch
         return True
+
+    def epoch_is(self, epoch: str) -> None:
+        """Hear of the epoch that the service is in."""
+        self._is_current_epoch(epoch)
 
     @property
     def epoch(self) -> str | None:

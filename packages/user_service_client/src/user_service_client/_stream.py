@@ -22,7 +22,14 @@ from user_service_client._cache import DocumentCache
 from user_service_client._calls import Call, Calls
 from user_service_client._clock import Clock
 from user_service_client._loops import Home
-from user_service_client.errors import BadRequest, DecodeError, UserServiceError
+from user_service_client.errors import (
+    BadRequest,
+    DecodeError,
+    Forbidden,
+    NotFound,
+    Unauthenticated,
+    UserServiceError,
+)
 from user_service_client.hooks import Hooks, StreamEvent, StreamState, tell
 
 PATIENCE = 5.0
@@ -110,7 +117,8 @@ class LiveUpdates:
     @property
     def status(self) -> ClientStatus:
         """Whether it hears of changes, and since when."""
-        return ClientStatus(self._state, self._since, self._cache.is_complete)
+        is_complete = self._state is StreamState.LIVE and self._cache.is_complete
+        return ClientStatus(self._state, self._since, is_complete)
 
     @property
     def is_following(self) -> bool:
@@ -123,18 +131,23 @@ class LiveUpdates:
 
     async def _run(self) -> None:
         delay = FIRST_DELAY
+        is_refused = False
         while True:
             heard = False
             reason = "ended"
             try:
                 async for event in self._events():
                     if not heard:
-                        heard, delay = True, FIRST_DELAY
+                        heard, delay, is_refused = True, FIRST_DELAY, False
                     self._take(event)
             except BadRequest as error:
                 # A cursor that this service cannot read: what came since is not known.
                 self._reset("", error.code or "bad_request")
                 reason = "bad_request"
+            except (Forbidden, NotFound, Unauthenticated) as error:
+                if not is_refused:  # it goes on trying: a key may get the scope
+                    _log.warning("the stream of changes is refused: %s", error)
+                is_refused, reason = True, type(error).__name__
             except (UserServiceError, msgspec.MsgspecError, TimeoutError) as error:
                 reason = type(error).__name__
             except Exception:  # noqa: BLE001 - nobody else would ever follow the stream again
@@ -170,14 +183,21 @@ class LiveUpdates:
         elif event.name in {"heartbeat", "ready"}:
             heartbeat = _decode_heartbeat(event.data)
             if event.name == "ready":
+                self._hear_of_epoch(event.id)
                 self._cache.began()
             self._cache.complete((heartbeat.now - heartbeat.through).total_seconds())
         elif event.name == "reset":
+            self._hear_of_epoch(event.id)
             self._reset(event.id, _decode_reset(event.data).reason)
         if event.id:
             self._cursor = event.id
         if self._state is not StreamState.LIVE:
             self._come_to(StreamState.LIVE, event.name)
+
+    def _hear_of_epoch(self, cursor: str) -> None:
+        epoch, dot, _ = cursor.partition(".")
+        if dot:
+            self._cache.epoch_is(epoch)
 
     def _reset(self, cursor: str, reason: str) -> None:
         self._cursor = cursor
@@ -203,5 +223,6 @@ class LiveUpdates:
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+        self._cache.interrupted()
         if self._state is not StreamState.OFF:
             self._come_to(StreamState.OFF, "closed")
