@@ -18,6 +18,7 @@ from user_service_client.errors import ApiError, DecodeError, error_class
 
 T = TypeVar("T")
 U = TypeVar("U")
+P = TypeVar("P")
 
 _REFUSAL = msgspec.json.Decoder(Envelope[object])
 _SHOWABLE = re.compile(r"[A-Za-z0-9_.\[\]?-]{1,200}")
@@ -77,8 +78,8 @@ class Answer:
             raise self._undecodable("no data")
         return data
 
-    def decoded(self, decode: Callable[[bytes | msgspec.Raw], U], part: bytes | msgspec.Raw) -> U:
-        """Return what a part of the body decodes to; raises `DecodeError`."""
+    def decoded(self, decode: Callable[[P], U], part: P) -> U:
+        """Return what a part of the body, or several, decode to; raises `DecodeError`."""
         try:
             return decode(part)
         except msgspec.MsgspecError as error:

@@ -49,6 +49,10 @@ _PAGE = msgspec.json.Decoder(Envelope[Page[User]])
 _decode_user = msgspec.json.Decoder(User).decode
 
 
+def _decode_users(documents: Iterable[msgspec.Raw]) -> list[User]:
+    return [_decode_user(document) for document in documents]
+
+
 class _RawBatch(msgspec.Struct):
     """A batch whose documents are decoded one by one, each of known size."""
 
@@ -101,12 +105,15 @@ class DocumentSource:
             headers=options.get("headers"),
         )
         answer = await self._calls.send(call)
-        epoch, _, form = answer.reply.headers.get(DOCUMENT_TAG, "").partition(".")
-        fetched = {}
-        for raw in answer.data(_BATCH).users:
-            user = answer.decoded(_decode_user, raw)
-            fetched[user.id] = Fetched(user, intern(epoch), intern(form), len(raw))
-        return fetched
+        tag = answer.reply.headers.get(DOCUMENT_TAG, "")
+        epoch, form = map(intern, tag.partition(".")[::2])
+        documents = answer.data(_BATCH).users
+        users = answer.decoded(_decode_users, documents)
+        sizes = map(len, documents)
+        return {
+            user.id: Fetched(user, epoch, form, size)
+            for user, size in zip(users, sizes, strict=True)
+        }
 
     def deadline(self) -> Deadline:
         """Return the deadline of a read for which nobody waits."""
@@ -197,11 +204,12 @@ class Users:
         unique = list(dict.fromkeys(map(id_text, ids)))
         wish = self._wish(max_stale, timeout, retries, headers)
         found = await self._cache.read_many(unique, wish)
-        entries = [(user_id, found[user_id]) for user_id in unique]
-        return BatchOfUsers(
-            users=tuple(entry.user for _, entry in entries if entry is not None),
-            missing=tuple(user_id for user_id, entry in entries if entry is None),
-        )
+        entries = [found[user_id] for user_id in unique]
+        users = [entry.user for entry in entries if entry is not None]
+        missing: list[str] = []
+        if len(users) < len(entries):
+            missing = [user_id for user_id in unique if found[user_id] is None]
+        return BatchOfUsers(users=tuple(users), missing=tuple(missing))
 
     def _wish(
         self,
