@@ -527,10 +527,12 @@ class DocumentCache:
         async with turns:
             asked = self.asking()
             fetched = await self._source.fetch_many(ids, flight.deadline, options)
-        found: Found = {}
+        found = self._keep_new(fetched, asked)
         doubtful: list[str] = []
         for user_id in ids:
             one = fetched.get(user_id)
+            if user_id in found:
+                continue
             if one is not None:
                 entry = self._keep(one, asked)
                 if entry is not None:
@@ -610,6 +612,23 @@ class DocumentCache:
         if may_keep:
             self._store.put(entry)
         return entry
+
+    def _keep_new(self, fetched: Mapping[str, Fetched], asked: Asked) -> Found:
+        """Keep what of a batch nothing was known of, as `_keep` would, in half the time.
+
+        Its copies grow old together: one batch will revalidate them.
+        """
+        kept: Found = {}
+        entries, put = self._entries, self._store.put
+        fresh_until = self._fresh_until(asked.at)
+        for user_id, one in fetched.items():
+            if one.epoch != self._epoch or asked.generation < self._cleared_in:
+                break
+            if not (user_id in entries or user_id in self._floors or user_id in self._dropped):
+                self._unknown.pop(user_id, None)
+                entry = kept[user_id] = CachedUser(one, self, asked.at, fresh_until)
+                put(entry)
+        return kept
 
     def _copy(self, fetched: Fetched, asked_at: float) -> CachedUser:
         return CachedUser(fetched, self, asked_at, self._fresh_until(asked_at))

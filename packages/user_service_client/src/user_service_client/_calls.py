@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TypeAlias, TypedDict, TypeVar
@@ -153,7 +162,7 @@ class _Run:
     def __init__(
         self,
         call: Call,
-        headers: httpx.Headers,
+        headers: MutableMapping[str, str],
         deadline: Deadline,
         retries: int,
         *,
@@ -329,7 +338,7 @@ class Calls:
             async with expiry:
                 headers = run.headers
                 if self._api_key is not None and "Authorization" not in headers:
-                    headers = headers.copy()
+                    headers = copy(headers)
                     headers["Authorization"] = f"Bearer {await self._key(self._api_key)}"
                 number = run.attempts
                 with self._tracing.attempt(call.operation, number, call.method, headers) as told:
@@ -406,7 +415,7 @@ class Calls:
                 raise Answer.of(call.operation, response, attempt.request_id).error()
             yield response
 
-    def _headers(self, call: Call) -> httpx.Headers:
+    def _headers(self, call: Call) -> MutableMapping[str, str]:
         # made here, so that a call without an answer can be found in the logs, too
         headers = {**self._every_header, "X-Request-ID": os.urandom(16).hex()}
         if call.body is not None:
@@ -419,12 +428,15 @@ class Calls:
             headers["If-None-Match"] = call.held
         if call.min_version:
             headers["X-Min-Version"] = str(call.min_version)
+        if call.headers is None:
+            return headers  # which is 8 µs less than `httpx.Headers`, and all names are ours
         made = httpx.Headers(headers)
-        if call.headers is not None:
-            made.update(call.headers)
+        made.update(call.headers)
         return made
 
-    def _request(self, call: Call, headers: httpx.Headers, limit: float | None) -> httpx.Request:
+    def _request(
+        self, call: Call, headers: MutableMapping[str, str], limit: float | None
+    ) -> httpx.Request:
         query = urlencode(call.params) if call.params else None
         body = b"" if call.body is None else msgspec.json.encode(call.body)
         if body:
@@ -435,7 +447,7 @@ class Calls:
             _url_below(self._base, call.path, query),
             headers=headers,
             stream=httpx.ByteStream(body),
-            extensions={"timeout": dict.fromkeys(("connect", "read", "write", "pool"), limit)},
+            extensions={"timeout": self._transport.limits(limit)},
         )
         request.read()
         return request

@@ -10,7 +10,6 @@ import random
 from collections import deque
 from collections.abc import Awaitable, Callable
 from enum import Enum
-from typing import NamedTuple
 
 from user_service_schemas import ErrorCode
 
@@ -113,10 +112,13 @@ class Budget:
         self.tokens = min(BUDGET, self.tokens + (paid or 1))
 
 
-class _Second(NamedTuple):
-    at: int
-    calls: int
-    failures: int
+class _Second:
+    __slots__ = ("at", "calls", "failures")
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+        self.calls = 0
+        self.failures = 0
 
 
 class Admission(Enum):
@@ -167,11 +169,10 @@ class Breaker:
             self._seconds.clear()
             return
         second = int(now)
-        if self._seconds and self._seconds[-1].at == second:
-            _, calls, failures = self._seconds.pop()
-        else:
-            calls = failures = 0
-        self._seconds.append(_Second(second, calls + 1, failures + failed))
+        if not self._seconds or self._seconds[-1].at != second:
+            self._seconds.append(_Second(second))
+        self._seconds[-1].calls += 1
+        self._seconds[-1].failures += failed
         if failed and self._is_too_much(second):
             self._opened_at = now
 

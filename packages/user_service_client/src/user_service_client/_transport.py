@@ -97,6 +97,15 @@ class Transport:
         """Whether there may be connections that are its own."""
         return self._given is None and self._current is not None
 
+    def limits(self, seconds: float | None) -> dict[str, float | None]:
+        """Return the `timeout` extension of an attempt that is given so many seconds.
+
+        In the queue of our own transport only the attempt's own timer runs: a second one for each
+        call that waits would cost as much as the waiting.
+        """
+        queue = None if self._tells_what_leaves and self._given is None else seconds
+        return {"connect": seconds, "read": seconds, "write": seconds, "pool": queue}
+
     async def send(self, request: httpx.Request, attempt: Attempt) -> Reply:
         """Send `request` and return the answer, whatever its status.
 
