@@ -1,4 +1,4 @@
-"""The project's sessions: dev, tests, chaos, lint, types, package and pin."""
+"""The project's sessions: dev, tests, chaos, bench, lint, types, package and pin."""
 
 import os
 import shutil
@@ -73,6 +73,13 @@ def chaos(session: nox.Session) -> None:
 
 
 @nox.session
+def bench(session: nox.Session) -> None:
+    """Measure the budgets of speed and size; `nox -s bench -- client-many` measures some."""
+    _install(session, *EDITABLE, "-r", "benchmarks/peers/client.txt")
+    session.run("python", "-m", "benchmarks", *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style, format and which module imports which."""
     _install(session, *_group("lint"))
@@ -85,7 +92,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Check the types of packages, tests and this file."""
+    """Check the types of packages, tests, benchmarks and this file."""
     _install(session, *EDITABLE, *_group("types"))
     session.run("mypy")
 
@@ -101,7 +108,7 @@ def package(session: nox.Session) -> None:
         _check_wheel_is_whole(session, dist, path)
 
     python = _install_wheel_alone(session, dist, CLIENT)
-    session.run(python, "-I", "-c", "import user_service_client", external=True)
+    session.run(python, "-I", "-c", "import user_service_client.testing", external=True)
     _check_nothing_of_the_server(session, python)
 
     python = _install_wheel_alone(session, dist, SERVER)

@@ -57,6 +57,11 @@ class Primary(EmbeddedValkey):
         return {b"cluster_state:ok", b"cluster_slots_ok:%d" % SLOTS} <= set(info)
 
 
+def slots_of(number: int) -> range:
+    """The slots of one of the primaries."""
+    return range(SLOTS * number // PRIMARIES, SLOTS * (number + 1) // PRIMARIES)
+
+
 @contextmanager
 def cluster(directory: Path) -> Iterator[list[Primary]]:
     """Start primaries, and let them share the slots."""
@@ -66,9 +71,9 @@ def cluster(directory: Path) -> Iterator[list[Primary]]:
             stack.enter_context(primary)
         first = primaries[0]
         for number, primary in enumerate(primaries):
-            slots = SLOTS * number // PRIMARIES, SLOTS * (number + 1) // PRIMARIES - 1
+            slots = slots_of(number)
             primary.command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
-            primary.command("CLUSTER", "ADDSLOTSRANGE", *slots)
+            primary.command("CLUSTER", "ADDSLOTSRANGE", slots[0], slots[-1])
             if primary is not first:
                 primary.command("CLUSTER", "MEET", "127.0.0.1", first.port, first.bus_port)
         wait_until_whole(primaries)

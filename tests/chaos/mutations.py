@@ -52,19 +52,24 @@ def _conclude_never_raises() -> None:
 
 
 def _never_left_behind() -> None:
-    async def leave_behind(_self: StateWatcher, _generation: int, _reason: str) -> None:
+    async def leave_behind(
+        _self: StateWatcher, _generations: Mapping[int, int], _reason: str
+    ) -> None:
         pass
 
     StateWatcher.leave_behind = leave_behind  # type: ignore[assignment, method-assign]
 
 
 def _strangers_are_believed() -> None:
-    source = _changed(state._RECOGNISE.text, r"THEN 0 ELSE 1 END", "THEN 0 ELSE 0 END")
+    source = _changed(state._RECOGNISE.text, r"WHERE is_stranger", "WHERE false")
     state._RECOGNISE = text(source)
 
 
 def _quiet_time() -> None:
-    StateWatcher.quiet = property(lambda _self: False)  # type: ignore[assignment, method-assign]
+    def is_quiet(_self: StateWatcher, _bucket: int) -> bool:
+        return False
+
+    StateWatcher.is_quiet = is_quiet  # type: ignore[assignment, method-assign]
 
 
 def _detached_futures() -> None:
@@ -81,7 +86,7 @@ def _publish_with(
 
     async def publish_changed(
         self: DocumentCache, announcement: Announcement, outcomes: Mapping[str, Outcome]
-    ) -> bool:
+    ) -> set[int]:
         return await publish(self, announcement, change(announcement, outcomes))
 
     DocumentCache.publish = publish_changed  # type: ignore[method-assign]
@@ -91,7 +96,8 @@ def _quiet_announcement() -> None:
     def forget(
         announcement: Announcement, outcomes: Mapping[str, Outcome]
     ) -> Mapping[str, Outcome]:
-        announcement.quiet = False
+        for said in announcement.buckets.values():
+            said.quiet = False
         return outcomes
 
     _publish_with(forget)

@@ -53,32 +53,37 @@ OPERATIONS = st.lists(
 
 @settings(max_examples=100, deadline=None)
 @given(OPERATIONS, st.integers(0, 40), st.integers(0, 100))
-def test_the_bounds_hold_and_nothing_is_lost_twice(
+def test_the_bounds_hold_and_each_key_has_one_place(
     operations: list[tuple[str, int, int]], max_entries: int, max_bytes: int
 ) -> None:
     store = Store[Stored](max_entries, max_bytes)
     model: dict[str, Stored] = {}
-    gone = 0
     for operation, number, size in operations:
         key = str(number)
         if operation == "put":
             entry = Stored(key, size)
             keepable = size <= max_bytes and max_entries > 0
-            gone += keepable - (key in model)
             store.put(entry)
-            assert (store.entries.get(key) is entry) is keepable
+            assert store.entries.get(key) is (entry if keepable else None)
             model[key] = entry
         elif operation == "read":
             read(store, key)
         else:
             assert store.remove(key) is model.get(key)
             assert key not in store.entries
-            gone -= key in model
         assert len(store) <= max_entries
         assert store.bytes <= max_bytes
         assert store.entries.items() <= model.items()
         model = dict(store.entries)
         check(store)
+
+
+def test_what_is_too_large_replaces_the_older_by_nothing() -> None:
+    store = Store[Stored](10, 100)
+    store.put(Stored("grows", 50))
+    store.put(Stored("stays", 50))
+    store.put(Stored("grows", 101))
+    assert (list(store.entries), store.bytes, store.evictions) == (["stays"], 50, 0)
 
 
 def test_every_eviction_is_counted() -> None:
@@ -115,7 +120,8 @@ def test_what_comes_back_after_its_eviction_skips_the_trial() -> None:
         store.put(Stored(key, 1))
     for number in range(500):
         store.put(Stored(f"sweep {number}", 1))
-    assert len(back & store.entries.keys()) >= 10  # a ghost may be overwritten by another
+    # A ghost may be overwritten by another: which, depends on the hashes of this process.
+    assert len(back & store.entries.keys()) >= 5
     assert not any(key.startswith("old") for key in store.entries.keys() - back)
 
 

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import httpx
 import pytest
+from argon2 import PasswordHasher
 from user_service_client import UserServiceClient
 from user_service_client.testing import FakeUserService
+from user_service_server.credentials import passwords
 
 from ..servers import Server
 
 PATIENCE = 20.0
 """Seconds for an answer: the machine may be busy, and how fast one is is not tested here."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cheap_passwords() -> Iterator[None]:
+    """Hashing takes most of a registration's time, and how well it is done is tested elsewhere."""
+    hasher = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(passwords, "PasswordHasher", lambda **_: hasher)
+        yield
 
 
 @pytest.fixture(scope="module", params=["fake", "server"])
@@ -35,7 +46,9 @@ async def raw(transport: httpx.AsyncBaseTransport) -> AsyncIterator[httpx.AsyncC
 @pytest.fixture
 async def client(transport: httpx.AsyncBaseTransport) -> AsyncIterator[UserServiceClient]:
     """The typed client."""
-    async with UserServiceClient("http://test", transport=transport, timeout=PATIENCE) as made:
+    async with UserServiceClient(
+        "http://test", transport=transport, timeout=PATIENCE, attempt_timeout=PATIENCE
+    ) as made:
         yield made
 
 
@@ -54,4 +67,15 @@ async def socket(streaming: FakeUserService | Server) -> AsyncIterator[httpx.Asy
     fake = streaming if isinstance(streaming, FakeUserService) else None
     url = "http://test" if isinstance(streaming, FakeUserService) else streaming.url
     async with httpx.AsyncClient(transport=fake, base_url=url, timeout=PATIENCE) as made:
+        yield made
+
+
+@pytest.fixture
+async def streamed(streaming: FakeUserService | Server) -> AsyncIterator[UserServiceClient]:
+    """The typed client of what can stream, which follows it."""
+    fake = streaming if isinstance(streaming, FakeUserService) else None
+    url = "http://test" if isinstance(streaming, FakeUserService) else streaming.url
+    async with UserServiceClient(
+        url, transport=fake, live=True, timeout=PATIENCE, attempt_timeout=PATIENCE
+    ) as made:
         yield made

@@ -119,11 +119,11 @@ async def test_switching_off_and_removing(client: UserServiceClient, ada: User) 
 async def test_devices_are_conditional(client: UserServiceClient, ada: User) -> None:
     _, etag = await client.users.get_with_etag(ada.id)
     token = new_token()
-    device = await client.devices.register(ada.id, token=token, platform="ios", if_match=etag)
+    device = await client.devices.register(ada.id, token=token, platform="ios", if_version=etag)
     for late in (
-        client.devices.register(ada.id, token=token, platform="web", if_match=etag),
-        client.devices.update(ada.id, device.id, active=False, if_match=etag),
-        client.devices.remove(ada.id, device.id, if_match=etag),
+        client.devices.register(ada.id, token=token, platform="web", if_version=etag),
+        client.devices.update(ada.id, device.id, active=False, if_version=etag),
+        client.devices.remove(ada.id, device.id, if_version=etag),
     ):
         with pytest.raises(VersionMismatch):
             await late

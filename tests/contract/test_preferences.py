@@ -128,7 +128,7 @@ async def test_preferences_are_conditional(client: UserServiceClient, ada: User)
     assert shown == ada.preferences
     await client.users.update(ada.id, name="Bob")
     with pytest.raises(VersionMismatch):
-        await client.preferences.update(ada.id, push=True, if_match=etag)
+        await client.preferences.update(ada.id, push=True, if_version=etag)
     assert await client.preferences.get(ada.id) == shown
 
 

@@ -20,8 +20,6 @@ Ask = Callable[..., Awaitable[httpx.Response]]
 JSON = {"Content-Type": "application/json"}
 SHELL = ("date", "server", "content-length", "x-request-id")
 """Headers that are of the connection, or of the length of times and ids."""
-AHEAD = ("x-document-tag",)
-"""Headers that the fake has and the server is about to get."""
 
 
 class Transcript:
@@ -38,7 +36,7 @@ class Transcript:
         headers = sorted(
             (name, ", ".join(sorted(value.split(", "))) if name == "allow" else value)
             for name, value in answer.headers.items()
-            if name not in (*SHELL, *AHEAD)
+            if name not in SHELL
         )
         shown = {name: value for name, value in request.items() if name != "content"}
         self.lines.append(

@@ -236,9 +236,9 @@ async def test_ids_are_found_in_any_case_and_with_a_slash(raw: httpx.AsyncClient
 async def test_a_write_on_another_version_is_refused(client: UserServiceClient) -> None:
     user = await client.users.create(name="Ada", email=new_email(), password=PASSWORD)
     _, etag = await client.users.get_with_etag(user.id)
-    assert (await client.users.update(user.id, name="Bob", if_match=etag)).version == 2
+    assert (await client.users.update(user.id, name="Bob", if_version=etag)).version == 2
     with pytest.raises(VersionMismatch) as refused:
-        await client.users.update(user.id, name="Eve", if_match=etag)
+        await client.users.update(user.id, name="Eve", if_version=etag)
     _, current = await client.users.get_with_etag(user.id)
     assert refused.value.etag == current != etag
     assert (await client.users.get(user.id)).name == "Bob"

@@ -91,6 +91,10 @@ FIELDS = [
     "reason",
     "at",
     "address",
+    "user_ids",
+    "category",
+    "priority",
+    "explain",
 ]
 
 json_values = st.recursive(

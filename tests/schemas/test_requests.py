@@ -21,6 +21,7 @@ from user_service_schemas import (
     RegisterDevice,
     ReportFeedback,
     Request,
+    ResolveDeliveries,
     RuleViolation,
     UserUpdate,
     convert_request,
@@ -38,6 +39,7 @@ TYPES: list[type[Request]] = [
     PreferencesUpdate,
     RegisterDevice,
     ReportFeedback,
+    ResolveDeliveries,
     UserUpdate,
 ]
 JANE = {"name": "Jane Roe", "email": "jane@example.com"}

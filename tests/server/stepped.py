@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -27,13 +27,14 @@ from user_service_server.errors import UserNotFound
 from user_service_server.metrics import Metrics
 from user_service_server.settings import Settings
 from user_service_server.storage import cache as cache_module
+from user_service_server.storage.buckets import bucket_of, hash_tag
 from user_service_server.storage.cache import DocumentCache
 from user_service_server.storage.database import Database
 from user_service_server.storage.document import DocumentShape, StoredDocument
 from user_service_server.storage.documents import Documents, Write
 from user_service_server.storage.link import UNREACHABLE, Command, RedisLink
 from user_service_server.storage.state import StateWatcher
-from user_service_server.storage.tables import preferences, service_state, users
+from user_service_server.storage.tables import cache_generations, preferences, users
 from user_service_server.users import repository
 
 READING = ("get", "lease", "read", "answer", "fill")
@@ -46,7 +47,7 @@ _STATEMENTS = {
     "FOR NO KEY UPDATE": "lock",
     "WITH changed AS": "conclude",
     "JOIN preferences": "read",
-    "raised_at = clock_timestamp()\n    WHERE generation": "leave_behind",
+    "AS believed (bucket, generation)": "leave_behind",
     "pg_advisory_xact_lock": "lock_names",
 }
 
@@ -197,16 +198,24 @@ def stops_in_sql() -> Iterator[None]:
 
 
 class SteppedLink(RedisLink):
-    """A link whose commands wait for their errand, and that can be cut off from Redis."""
+    """A link whose commands wait for their errand, and that can be cut off from Redis.
+
+    Or from some buckets, as from those on one server of a cluster.
+    """
 
     cut = False
+    cut_buckets: Collection[int] = ()
 
     async def run(self, commands: Sequence[Command]) -> list[Any]:
         if commands:
             await _reach(_point_of(commands[0]))
-        if self.cut:
-            return [UNREACHABLE] * len(commands)
-        return await super().run(commands)
+        reached = [command for command in commands if self._reaches(command)]
+        replies = iter(await super().run(reached))
+        return [next(replies) if command in reached else UNREACHABLE for command in commands]
+
+    def _reaches(self, command: Command) -> bool:
+        key = command[3] if command[0] == "EVAL" else command[1]
+        return not self.cut and not any(hash_tag(bucket) in key for bucket in self.cut_buckets)
 
 
 class SteppedDocuments(Documents):
@@ -342,9 +351,13 @@ class World:
         await replica.open()
         return replica
 
-    async def user(self) -> str:
-        """Make a user at version 1, of whom nothing is cached."""
-        user_id = str(uuid4())
+    async def user(self, bucket: int = 0) -> str:
+        """Make a user at version 1, of whom nothing is cached.
+
+        In one bucket, unless the test says otherwise: what leaves one user's copies behind does so
+        with those of all.
+        """
+        user_id = str(uuid4())[:-2] + f"{bucket:02x}"
         await self._execute(
             insert(users).values(
                 id=user_id,
@@ -360,19 +373,23 @@ class World:
         return user_id
 
     async def age(self, seconds: float) -> None:
-        """Let the last raise of the generation be `seconds` longer ago; the replicas look."""
+        """Let the last raise of each generation be `seconds` longer ago; the replicas look."""
         for replica in self.replicas:
             current = replica.state._current
             replica.state._current = dataclasses.replace(
-                current, quiet_until=current.quiet_until - seconds
+                current,
+                generations=tuple(
+                    known._replace(quiet_until=known.quiet_until - seconds)
+                    for known in current.generations
+                ),
             )
         await self.step_clock(seconds)
 
     async def step_clock(self, seconds: float) -> None:
         """Let the clock of Postgres step, but no time pass; the replicas look."""
-        column = service_state.c.raised_at
+        column = cache_generations.c.raised_at
         interval = text(":seconds * interval '1 s'").bindparams(bindparam("seconds", seconds))
-        await self._execute(update(service_state).values(raised_at=column - interval))
+        await self._execute(update(cache_generations).values(raised_at=column - interval))
         await self.look()
 
     async def committed(self, user_id: str) -> int | None:
@@ -394,14 +411,35 @@ class World:
         for replica in self.replicas:
             await replica.state.look()
 
-    async def generation(self) -> int:
-        """The generation in the database."""
+    async def generation(self, bucket: int) -> int:
+        """The generation of a bucket in the database."""
+        number = select(cache_generations.c.generation).where(cache_generations.c.bucket == bucket)
         async with self._database.reading() as connection:
-            return int(await connection.scalar(text("SELECT generation FROM service_state")) or 0)
+            return int(await connection.scalar(number) or 0)
+
+    @asynccontextmanager
+    async def locked_generation(self, bucket: int) -> AsyncIterator[None]:
+        """Let whoever would raise the generation of a bucket wait."""
+        row = select(cache_generations).where(cache_generations.c.bucket == bucket)
+        connection = await self._database.connect()
+        try:
+            await connection.execute(row.with_for_update())
+            yield
+        finally:
+            await connection.close()
+
+    async def waiting(self, number: int) -> None:
+        """Return when so many statements wait for a lock."""
+        waiting = text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+        async with asyncio.timeout(PATIENCE), self._database.reading() as connection:
+            while await connection.scalar(waiting) != number:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
 
     async def key(self, user_id: str) -> str:
         """The key under which all replicas look for a document, once they have looked."""
-        return f"user-service:{self.replicas[0].state.epoch}:{await self.generation()}:{user_id}"
+        epoch, bucket = self.replicas[0].state.epoch, bucket_of(user_id)
+        generation = await self.generation(bucket)
+        return f"user-service:{epoch}:{hash_tag(bucket)}:{generation}:{user_id}"
 
     async def evict(self, user_id: str) -> None:
         """Let Redis forget what it holds of a user."""

@@ -22,6 +22,7 @@ from hypothesis.stateful import run_state_machine_as_test as run_machine
 from user_service_server.errors import UserNotFound
 from user_service_server.settings import Settings
 from user_service_server.storage import documents
+from user_service_server.storage.buckets import bucket_of
 
 from .stepped import READING, WRITING, Errand, World, a_world
 
@@ -96,7 +97,8 @@ class CacheMachine(RuleBasedStateMachine):
     async def _read(self, number: int, until: str) -> None:
         replica = self.world.replicas[number]
         mine = floor = self.acknowledged_by[number]
-        if replica.state.generation == await self.world.generation():
+        bucket = bucket_of(self.user)
+        if replica.state.generation(bucket) == await self.world.generation(bucket):
             floor = self.acknowledged
         read = Read(replica.reading(self.user, *READING), floor, mine)
         self.reads.append(read)

@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from user_service_server.errors import DependencyUnavailable
 from user_service_server.settings import Settings
 from user_service_server.storage import documents
+from user_service_server.storage.buckets import ALL_BUCKETS
 from user_service_server.storage.database import COMMAND_TIMEOUT
 from user_service_server.storage.documents import CONCLUSION_TIMEOUT
 from user_service_server.storage.state import renew_epoch
@@ -132,7 +133,7 @@ async def test_generation_is_raised_for_a_redis_that_nobody_has_seen(
     assert await here.write(user) == 2
     assert old is not None
     await world.stored.set(await world.key(user), old)
-    await here.state.recognise("restarted with its old data")
+    await here.state.recognise("restarted with its old data", ALL_BUCKETS)
     await world.look()
     assert await there.read(user) == 2, "old data of another start of Redis are believed"
 
@@ -192,7 +193,117 @@ async def test_deletion_publishes_its_version(world: World, here: Replica, there
     assert await here.read(user) is None
 
 
+# Each bucket has its own generation.
+
+
+async def test_raise_of_one_bucket_leaves_what_is_cached_in_others(
+    world: World, here: Replica, there: Replica
+) -> None:
+    lost, kept = await world.user(bucket=0), await world.user(bucket=1)
+    await there.read(lost)
+    await there.read(kept)
+    here.link.cut_buckets = {0}
+    assert await here.write(lost) == 2
+    await world.look()
+    assert await there.read(lost) == 2
+    for replica in here, there:
+        reading = replica.reading(kept, "read")
+        assert await reading.rest() is None, "Postgres is asked for what is cached"
+        assert await reading.finish() == 1
+    assert await there.write(kept) == 2
+    assert await world.cached(kept) == 2
+
+
+async def test_write_of_two_buckets_raises_the_one_that_it_could_not_announce(
+    world: World, here: Replica, there: Replica
+) -> None:
+    told, untold = await world.user(bucket=0), await world.user(bucket=1)
+    await there.read(told)
+    await there.read(untold)
+    before = [await world.generation(bucket) for bucket in (0, 1)]
+    here.link.cut_buckets = {1}
+    assert await here.write(told, untold) == 2
+    here.link.cut_buckets = ()
+    assert [await world.generation(bucket) for bucket in (0, 1)] == [before[0], before[1] + 1]
+    assert await world.cached(told) == 2
+    await world.look()
+    assert await there.read(untold) == 2
+
+
+async def test_write_of_two_buckets_raises_the_one_that_it_could_not_publish(
+    world: World, here: Replica, there: Replica
+) -> None:
+    told, untold = await world.user(bucket=0), await world.user(bucket=1)
+    before = [await world.generation(bucket) for bucket in (0, 1)]
+    writing = await here.writing(told, untold, stops=WRITING).until("publish")
+    here.link.cut_buckets = {1}
+    assert await writing.finish() == 2
+    here.link.cut_buckets = ()
+    assert [await world.generation(bucket) for bucket in (0, 1)] == [before[0], before[1] + 1]
+    assert await world.cached(told) == 2
+    await world.look()
+    assert await there.read(untold) == 2
+
+
+async def test_write_of_two_buckets_without_redis_raises_both(
+    world: World, here: Replica, there: Replica
+) -> None:
+    people = [await world.user(bucket) for bucket in (0, 1)]
+    for user in people:
+        await there.read(user)
+    here.link.cut = True
+    await here.write(*people)
+    await world.look()
+    assert [await there.read(user) for user in people] == [2, 2]
+
+
+async def test_opposite_writes_of_two_buckets_without_redis_do_not_wait_for_each_other(
+    world: World, here: Replica, there: Replica
+) -> None:
+    up = [await world.user(bucket) for bucket in (0, 1)]
+    down = [await world.user(bucket) for bucket in (1, 0)]
+    here.link.cut = there.link.cut = True
+    async with world.locked_generation(0):
+        first = here.writing(*up)
+        await world.waiting(1)
+        second = there.writing(*down)
+        await world.waiting(2)
+    assert await first.finish() == 2
+    assert await second.finish() == 2
+
+
+async def test_renewed_epoch_raises_every_bucket(world: World, here: Replica) -> None:
+    before = [await world.generation(bucket) for bucket in ALL_BUCKETS]
+    await renew_epoch(world.settings)
+    await world.look()
+    assert [here.state.generation(bucket) for bucket in ALL_BUCKETS] == [n + 1 for n in before]
+    assert all(here.state.is_quiet(bucket) for bucket in ALL_BUCKETS)
+
+
+async def test_stranger_raises_the_buckets_that_it_may_hold(world: World, here: Replica) -> None:
+    before = [await world.generation(bucket) for bucket in ALL_BUCKETS]
+    await here.state.recognise("another primary", [3, 5])
+    raised = [b for b in ALL_BUCKETS if here.state.generation(b) > before[b]]
+    assert raised == [b for b in ALL_BUCKETS if here.state.is_quiet(b)] == [3, 5]
+
+
 # What was tried to break the protocol with, beyond the rules.
+
+
+async def test_unannounced_write_that_waited_for_the_raise_of_another_sees_itself(
+    world: World, here: Replica, there: Replica
+) -> None:
+    """It need not raise the generation any more, and must still leave the old one."""
+    one, other = await world.user(), await world.user()
+    assert await there.read(other) == 1
+    here.link.cut = there.link.cut = True
+    first = await here.writing(one, stops=["commit"]).until("commit")
+    second = there.writing(other)
+    await world.waiting(1)
+    await first.finish()
+    assert await second.finish() == 2
+    there.link.cut = False
+    assert await there.read(other) == 2, "the writing server does not see its own write"
 
 
 async def test_write_that_announces_after_a_raise_that_came_in_between_stores_nothing(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,6 +17,7 @@ from sqlalchemy import Engine, event
 from sqlalchemy.util import await_only
 from user_service_server.metrics import Metrics
 from user_service_server.settings import Settings
+from user_service_server.storage.buckets import bucket_of
 from user_service_server.storage.cache import (
     BYPASS,
     LEASE_TTL_MS,
@@ -25,6 +26,7 @@ from user_service_server.storage.cache import (
     Announcement,
     DocumentCache,
     Outcome,
+    Said,
 )
 from user_service_server.storage.document import StoredDocument
 from user_service_server.storage.link import RedisLink
@@ -35,6 +37,8 @@ from .test_users import assert_failed, changes_of, fetch, register
 
 ANY_VERSION = {"X-Min-Version": str(10**9)}
 """Passes over every cached copy."""
+U = str(uuid4())
+"""Whoever the cache by itself is asked for."""
 
 
 @pytest.fixture(scope="module")
@@ -623,15 +627,20 @@ class State:
     """The shared state, as far as the cache looks at it."""
 
     epoch: str
-    generation: int = 1
     quiet: bool = False
+
+    def generation(self, _bucket: int) -> int:
+        return 1
+
+    def is_quiet(self, _bucket: int) -> bool:
+        return self.quiet
 
 
 @pytest.fixture
 async def cache(settings: Settings) -> AsyncIterator[DocumentCache]:
     """The cache by itself, at keys of its own."""
 
-    async def recognise(_server: str) -> None:
+    async def recognise(_server: str, _buckets: Collection[int]) -> None:
         """Whatever answers is the right one."""
 
     link = RedisLink(settings, recognise)
@@ -641,16 +650,20 @@ async def cache(settings: Settings) -> AsyncIterator[DocumentCache]:
     await link.close()
 
 
+def said(cache: DocumentCache, token: str) -> Announcement:
+    """What a write has announced with its token."""
+    return Announcement(token, {U: cache._key(U)}, {bucket_of(U): Said(1)})
+
+
 async def announce(cache: DocumentCache, token: str) -> None:
-    announcement = Announcement(generation=1, token=token)
-    await cache.announce(["u"], announcement)
-    assert announcement.complete
+    announcement = Announcement(token)
+    await cache.announce([U], announcement)
+    assert announcement == said(cache, token)
 
 
 async def publish(cache: DocumentCache, document: StoredDocument | None, token: str) -> None:
-    announcement = Announcement(generation=1, token=token, keys={"u": cache._key("u")})
-    outcomes = {"u": Outcome(document.version, document)} if document else {}
-    assert await cache.publish(announcement, outcomes)
+    outcomes = {U: Outcome(document.version, document)} if document else {}
+    assert await cache.publish(said(cache, token), outcomes) == set()
 
 
 def at(version: int) -> StoredDocument:
@@ -659,7 +672,7 @@ def at(version: int) -> StoredDocument:
 
 async def is_announced(cache: DocumentCache) -> bool:
     """Whether there is no document, and nobody is let to fill one."""
-    return not isinstance(await cache.get("u"), StoredDocument) and not await cache.lease(["u"])
+    return not isinstance(await cache.get(U), StoredDocument) and not await cache.lease([U])
 
 
 async def test_the_last_writer_publishes(cache: DocumentCache) -> None:
@@ -668,7 +681,7 @@ async def test_the_last_writer_publishes(cache: DocumentCache) -> None:
     await publish(cache, at(2), "one")
     assert await is_announced(cache)
     await publish(cache, at(3), "other")
-    assert await cache.get("u") == at(3)
+    assert await cache.get(U) == at(3)
 
 
 @pytest.mark.parametrize(
@@ -681,7 +694,7 @@ async def test_a_last_writer_who_knows_of_a_higher_version_stores_nothing(
     await announce(cache, "other")
     await publish(cache, at(3), "one")
     await publish(cache, last, "other")
-    assert await cache.get("u") is MISS
+    assert await cache.get(U) is MISS
 
 
 async def test_a_writer_who_rolls_back_leaves_the_publishing_to_the_other(
@@ -692,7 +705,7 @@ async def test_a_writer_who_rolls_back_leaves_the_publishing_to_the_other(
     await publish(cache, None, "one")
     assert await is_announced(cache)
     await publish(cache, at(2), "other")
-    assert await cache.get("u") == at(2)
+    assert await cache.get(U) == at(2)
 
 
 async def test_an_update_that_publishes_after_a_deletion_brings_nobody_back(
@@ -700,40 +713,38 @@ async def test_an_update_that_publishes_after_a_deletion_brings_nobody_back(
 ) -> None:
     await announce(cache, "update")
     await announce(cache, "deletion")
-    deletion = Announcement(generation=1, token="deletion", keys={"u": cache._key("u")})
-    await cache.publish(deletion, {"u": Outcome(3, None)})
+    await cache.publish(said(cache, "deletion"), {U: Outcome(3, None)})
     await publish(cache, at(2), "update")
-    assert await cache.get("u") is MISS
+    assert await cache.get(U) is MISS
 
 
 async def test_a_deletion_whose_announcement_was_evicted_leaves_no_document(
     cache: DocumentCache,
 ) -> None:
-    leases = await cache.lease(["u"])
-    await cache.fill({"u": at(2)}, leases)
-    deletion = Announcement(generation=1, token="deletion", keys={"u": cache._key("u")})
-    await cache.publish(deletion, {"u": Outcome(3, None)})
-    assert await cache.get("u") is MISS
+    leases = await cache.lease([U])
+    await cache.fill({U: at(2)}, leases)
+    await cache.publish(said(cache, "deletion"), {U: Outcome(3, None)})
+    assert await cache.get(U) is MISS
 
 
 async def test_a_write_that_began_in_a_quiet_time_stores_nothing(cache: DocumentCache) -> None:
     """In a quiet time others commit without an announcement, since nothing is cached."""
-    quiet = Announcement(generation=1, token="quiet", quiet=True)
-    await cache.announce(["u"], quiet)
-    await cache.publish(quiet, {"u": Outcome(2, at(2))})
-    assert await cache.get("u") is MISS
+    announcement = Announcement("quiet", buckets={bucket_of(U): Said(1, quiet=True)})
+    await cache.announce([U], announcement)
+    await cache.publish(announcement, {U: Outcome(2, at(2))})
+    assert await cache.get(U) is MISS
 
 
 async def test_an_announcement_takes_document_and_lease_away(cache: DocumentCache) -> None:
-    leases = await cache.lease(["u"])
+    leases = await cache.lease([U])
     await announce(cache, "writer")
-    await cache.fill({"u": at(1)}, leases)
+    await cache.fill({U: at(1)}, leases)
     assert await is_announced(cache)
     await publish(cache, at(2), "writer")
     await announce(cache, "next")
     assert await is_announced(cache)
     await publish(cache, None, "next")
-    assert await cache.get("u") is MISS
+    assert await cache.get(U) is MISS
 
 
 async def test_a_writer_whose_announcement_was_evicted_stores_nothing(
@@ -746,41 +757,41 @@ async def test_a_writer_whose_announcement_was_evicted_stores_nothing(
     await announce(cache, "writer")
     await evict()
     await publish(cache, at(2), "writer")
-    assert await cache.get("u") is MISS
+    assert await cache.get(U) is MISS
 
     await announce(cache, "writer")
     await evict()
-    leases = await cache.lease(["u"])
-    await cache.fill({"u": at(2)}, leases)
+    leases = await cache.lease([U])
+    await cache.fill({U: at(2)}, leases)
     await publish(cache, at(3), "writer")
-    assert await cache.get("u") is MISS, "an older document is removed"
+    assert await cache.get(U) is MISS, "an older document is removed"
 
-    leases = await cache.lease(["u"])
+    leases = await cache.lease([U])
     await publish(cache, at(3), "writer")
-    await cache.fill({"u": at(2)}, leases)
-    assert await cache.get("u") is MISS, "and so is the lease of who may have read it"
+    await cache.fill({U: at(2)}, leases)
+    assert await cache.get(U) is MISS, "and so is the lease of who may have read it"
 
-    leases = await cache.lease(["u"])
-    await cache.fill({"u": at(4)}, leases)
+    leases = await cache.lease([U])
+    await cache.fill({U: at(4)}, leases)
     await publish(cache, at(3), "writer")
-    assert await cache.get("u") == at(4), "a newer one stays"
+    assert await cache.get(U) == at(4), "a newer one stays"
 
 
 async def test_a_lease_is_one_readers(cache: DocumentCache, stored: redis.asyncio.Redis) -> None:
-    stalled = await cache.lease(["u"])
-    assert set(stalled) == {"u"}
-    assert await cache.lease(["u"]) == {}
-    assert await cache.get("u") is BYPASS
+    stalled = await cache.lease([U])
+    assert set(stalled) == {U}
+    assert await cache.lease([U]) == {}
+    assert await cache.get(U) is BYPASS
     (key,) = await stored.keys(f"*{cache._state.epoch}*")
     assert 0 < await stored.pttl(key) <= LEASE_TTL_MS
     await stored.delete(key)
-    prompt = await cache.lease(["u"])
-    await cache.fill({"u": at(5)}, stalled)
-    assert await cache.get("u") is BYPASS
-    await cache.fill({"u": at(6)}, prompt)
-    assert await cache.get("u") == at(6)
-    await cache.fill({"u": at(5)}, stalled)
-    assert await cache.get("u") == at(6)
+    prompt = await cache.lease([U])
+    await cache.fill({U: at(5)}, stalled)
+    assert await cache.get(U) is BYPASS
+    await cache.fill({U: at(6)}, prompt)
+    assert await cache.get(U) == at(6)
+    await cache.fill({U: at(5)}, stalled)
+    assert await cache.get(U) == at(6)
     assert 270_000 <= await stored.pttl(key) <= 300_000
 
 
@@ -793,13 +804,13 @@ async def test_the_announcement_of_a_crashed_writer_expires_for_the_others(
     await stored.hset(key, "crashed", "1")  # its time is over
     await announce(cache, "writer")
     await publish(cache, at(2), "writer")
-    assert await cache.get("u") == at(2)
+    assert await cache.get(U) == at(2)
 
 
 async def test_gets_of_one_turn_share_a_round_trip(
     cache: DocumentCache, stored: redis.asyncio.Redis
 ) -> None:
-    ids = [f"u{i}" for i in range(50)]
+    ids = [str(uuid4()) for _ in range(50)]
     leases = await cache.lease(ids[:25])
     await cache.fill({user_id: at(1) for user_id in leases}, leases)
     before = await stored.info("commandstats")

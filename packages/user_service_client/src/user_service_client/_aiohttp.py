@@ -50,9 +50,10 @@ _FAILURES = (
 
 
 class AiohttpTransport(httpx.AsyncBaseTransport):
-    """Sends HTTP/1.1 requests, each exactly once, over connections that are kept.
+    """Sends HTTP/1.1 requests, each at most once, over connections that are kept.
 
-    It belongs to the event loop of its first request, until `abandon` is called.
+    Bodies are read before they are sent. Connections belong to one event loop of one process; a
+    request from another one abandons them.
 
     Args:
         verify: As httpx takes it: True (certifi's authorities), False, or a context.
@@ -88,8 +89,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
         stream = request.stream
         if not isinstance(stream, httpx.AsyncByteStream):
             raise TypeError("the body is a synchronous stream")
-        body = b"".join(stream) if isinstance(stream, httpx.ByteStream) else None
-        head, length = _head(request, body)
+        data = _encoded(request, b"".join([part async for part in stream]))
 
         pool = self._opened_pool()
         exchange = await pool.exchange(self, _seconds(limits, "pool"))
@@ -104,15 +104,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
                 auto_decompress=False,
                 read_timeout=_seconds(limits, "read"),
             )
-            try:
-                if body is not None and length is not None:
-                    await _write(protocol, head + body, limits, first=True)
-                else:
-                    await _write(protocol, head, limits, first=True)
-                    await _write_stream(protocol, stream, length, limits)
-            except httpx.WriteError:
-                if not len(protocol):  # else it was refused early, and the answer says why
-                    raise
+            await _write(protocol, data, _seconds(limits, "write"))
             return await _answer(exchange, protocol)
         except BaseException:
             exchange.end(reusable=False)
@@ -121,6 +113,8 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
     def _opened_pool(self) -> _Pool:
         if self._closed:
             raise RuntimeError("the transport is closed")
+        if self._pool is not None and not self._pool.is_ours():
+            self.abandon()
         if self._pool is None:
             self._pool = _Pool(
                 self._verify, self._max_connections, self._keepalive_expiry, self._max_age
@@ -206,7 +200,7 @@ class _Pool:
         except TimeoutError as error:
             raise httpx.ConnectTimeout("no connection was made in time") from error
         except _FAILURES as error:
-            raise httpx.ConnectError(str(error) or type(error).__name__) from error
+            raise httpx.ConnectError(f"no connection: {type(error).__name__}") from error
         raise httpx.ConnectError("the transport is closed")
 
     async def _is_fit(self, protocol: ResponseHandler) -> bool:
@@ -279,6 +273,10 @@ class _Pool:
     def usable(self) -> bool:
         """Tell whether the event loop is there, and not another process's."""
         return self._pid == os.getpid() and not self.loop.is_closed()
+
+    def is_ours(self) -> bool:
+        """Tell whether the event loop is the one that runs here."""
+        return self.usable() and self.loop is asyncio.get_running_loop()
 
     def _abort(self, transports: list[asyncio.Transport], slots: int) -> None:
         for transport in transports:
@@ -363,7 +361,7 @@ async def _answer(exchange: _Exchange, protocol: ResponseHandler) -> httpx.Respo
             if message.code >= 200:
                 break
             if message.code == 101:
-                raise httpx.RemoteProtocolError("the server changed the protocol")
+                raise HttpProcessingError(message="nobody asked for another protocol")
     except _FAILURES as error:
         raise _unread(error) from None
     stream: httpx.AsyncByteStream
@@ -385,79 +383,50 @@ async def _answer(exchange: _Exchange, protocol: ResponseHandler) -> httpx.Respo
     )
 
 
-def _head(request: httpx.Request, body: bytes | None) -> tuple[bytes, int | None]:
-    """Return the request up to its body, and the length of the body; None: it goes in chunks."""
+def _encoded(request: httpx.Request, body: bytes) -> bytes:
+    """Return the request as it goes out."""
     lines = [b"%b %b HTTP/1.1" % (request.method.encode("ascii", "replace"), request.url.raw_path)]
-    lengths: list[bytes] = []
-    codings: list[bytes] = []
+    framing: list[tuple[bytes, bytes]] = []
     host = False
     for name, value in request.headers.raw:
         lines.append(b"%b: %b" % (name, value))
         match name.lower():
             case b"host":
                 host = True
-            case b"content-length":
-                lengths.append(value)
-            case b"transfer-encoding":
-                codings.append(value.lower())
+            case b"content-length" | b"transfer-encoding" as kind:
+                framing.append((kind, value))
             case _:
                 pass
     if not host:
         lines.insert(1, b"Host: " + request.url.netloc)
-    if body and not lengths and not codings:
-        lengths.append(b"%d" % len(body))
-        lines.append(b"Content-Length: " + lengths[0])
+    length = b"%d" % len(body)
+    if framing == [(b"transfer-encoding", b"chunked")]:
+        body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) if body else b"0\r\n\r\n"
+    elif framing and framing != [(b"content-length", length)]:
+        raise httpx.LocalProtocolError("the headers tell another length than the body has")
+    elif body and not framing:
+        lines.append(b"Content-Length: " + length)
     head = b"\r\n".join((*lines, b"", b""))
-    if _HEAD.fullmatch(head) is None:
+    # the count finds what is well-formed, but more than one header
+    if _HEAD.fullmatch(head) is None or head.count(b"\r\n") != len(lines) + 1:
         raise httpx.LocalProtocolError("method or header has a character that it cannot carry")
-    if codings == [b"chunked"] and not lengths:
-        return head, None
-    length = int(lengths[0]) if lengths and lengths[0].isdigit() else 0
-    if codings or len(lengths) > 1 or (body is None and not lengths) or (body and not length):
-        raise httpx.LocalProtocolError("the headers do not tell how long the body is")
-    if body is not None and length != len(body):
-        raise httpx.LocalProtocolError("the body is not as long as its Content-Length")
-    return head, length
+    return head + body
 
 
-async def _write_stream(
-    protocol: ResponseHandler,
-    stream: httpx.AsyncByteStream,
-    length: int | None,
-    limits: dict[str, float | None],
-) -> None:
-    left = length
-    async for part in stream:
-        if left is None:
-            data = b"%x\r\n%b\r\n" % (len(part), part) if part else b""
-        else:
-            data = part
-            left -= len(part)
-            if left < 0:
-                break
-        await _write(protocol, data, limits)
-    if left is None:
-        await _write(protocol, b"0\r\n\r\n", limits)
-    elif left:
-        raise httpx.LocalProtocolError("the body is not as long as its Content-Length")
-
-
-async def _write(
-    protocol: ResponseHandler, data: bytes, limits: dict[str, float | None], *, first: bool = False
-) -> None:
+async def _write(protocol: ResponseHandler, data: bytes, seconds: float | None) -> None:
     transport = protocol.transport
     if transport is None or transport.is_closing():
-        failure = httpx.ConnectError if first else httpx.WriteError
-        raise failure("the connection was lost")
+        raise httpx.ConnectError("the connection was lost before anything was sent")
     transport.write(data)
     if protocol.writing_paused:
         try:
-            async with asyncio.timeout(_seconds(limits, "write")):
+            async with asyncio.timeout(seconds):
                 await protocol._drain_helper()
         except TimeoutError as error:
             raise httpx.WriteTimeout("the request was not taken in time") from error
         except _FAILURES as error:
-            raise httpx.WriteError(type(error).__name__) from error
+            if not len(protocol):  # else it was refused early, and the answer says why
+                raise httpx.WriteError(type(error).__name__) from error
 
 
 def _seconds(limits: dict[str, float | None], kind: str) -> float | None:

@@ -18,6 +18,7 @@ from user_service_client.errors import ApiError, DecodeError, error_class
 
 T = TypeVar("T")
 U = TypeVar("U")
+P = TypeVar("P")
 
 _REFUSAL = msgspec.json.Decoder(Envelope[object])
 _SHOWABLE = re.compile(r"[A-Za-z0-9_.\[\]?-]{1,200}")
@@ -32,11 +33,15 @@ class Answer:
     Attributes:
         operation: The method that was called, such as `users.get`.
         sent_id: The request id that the call was sent with.
+        attempts: How often the service was asked until it came.
+        elapsed: Seconds from the start of the call.
     """
 
     operation: str
     reply: Reply
     sent_id: str
+    attempts: int = 1
+    elapsed: float = 0.0
 
     @classmethod
     def of(cls, operation: str, response: httpx.Response, sent_id: str) -> Answer:
@@ -73,8 +78,8 @@ class Answer:
             raise self._undecodable("no data")
         return data
 
-    def decoded(self, decode: Callable[[bytes | msgspec.Raw], U], part: bytes | msgspec.Raw) -> U:
-        """Return what a part of the body decodes to; raises `DecodeError`."""
+    def decoded(self, decode: Callable[[P], U], part: P) -> U:
+        """Return what a part of the body, or several, decode to; raises `DecodeError`."""
         try:
             return decode(part)
         except msgspec.MsgspecError as error:
@@ -120,6 +125,9 @@ class Answer:
             f"{self.operation}: {self.status}, {reason} (request id {request_id})",
             request_id=request_id,
             status=self.status,
+            attempts=self.attempts,
+            elapsed=self.elapsed,
+            maybe_processed=self.is_success,
         )
 
 

@@ -143,7 +143,10 @@ class CachedUser(Stored):
     def __init__(
         self, fetched: Fetched, cache: DocumentCache, validated_at: float, fresh_until: float
     ) -> None:
-        super().__init__(fetched.user.id, fetched.size)
+        # `Stored`'s own, without a call: a batch makes a thousand of these.
+        self.key = fetched.user.id
+        self.size = fetched.size
+        self.freq = 0
         self.user = fetched.user
         self.epoch = fetched.epoch
         self.format = fetched.format
@@ -266,7 +269,7 @@ class DocumentCache:
         self.peek = self._entries.get
         """Return the copy of an id, however old, or None."""
         self._flights: dict[str, _Flight] = {}
-        self._tasks: set[asyncio.Task[Found]] = set()
+        self._under_way: set[asyncio.Task[Found]] = set()
         self._refreshes: set[asyncio.Task[Found]] = set()
         self._refresh_second = 0
         self._refreshed = 0
@@ -334,20 +337,18 @@ class DocumentCache:
             NotFound: nobody has this id.
             UserServiceError: the service cannot be asked, and no copy is new enough.
         """
-        entry = (await self._read([user_id], wish, one_by_one=True))[user_id]
+        entry = (await self.read_many([user_id], wish, one_by_one=True))[user_id]
         if entry is None:
             code = ErrorCode.USER_NOT_FOUND
             raise NotFound(f"users.get: 404 {code}", code=code, status=404)
         return entry
 
-    async def read_many(self, ids: Sequence[str], wish: Wish) -> Found:
+    async def read_many(self, ids: Sequence[str], wish: Wish, *, one_by_one: bool = False) -> Found:
         """Return copies that are new enough for their use, and None for ids that nobody has.
 
-        What is lacking is asked for in one request for each 1000; raises as `read`.
+        What is lacking is asked for in one request for each 1000, or `one_by_one`, which confirms
+        what is held; raises as `read`.
         """
-        return await self._read(ids, wish, one_by_one=False)
-
-    async def _read(self, ids: Sequence[str], wish: Wish, *, one_by_one: bool) -> Found:
         found: Found = {}
         lacking: list[str] = []
         old: list[str] = []
@@ -391,6 +392,8 @@ class DocumentCache:
 
     async def _ask(self, ids: Sequence[str], wish: Wish, one_by_one: bool) -> Found:
         """Ask the service; where it cannot be reached, a copy will do that is not too old."""
+        self._home.enter()  # before requests of another loop are joined
+        started = self._monotonic()
         flights: dict[_Flight, list[str]] = {}
         new: list[str] = []
         for user_id in ids:
@@ -409,12 +412,17 @@ class DocumentCache:
         found: Found = {}
         for flight, some in flights.items():
             error: UserServiceError
+            if flight.task.cancelled():  # by `aclose`, and not with who waits
+                error = NotSent("the client was closed", elapsed=self._monotonic() - started)
+                found |= self._make_do(some, error, wish)
+                continue
             try:
                 landed = flight.task.result()
-            except asyncio.CancelledError:
-                error = NotSent("the client was closed")
             except asyncio.InvalidStateError:
-                error = DeadlineExceeded("the request that was waited for took too long")
+                error = DeadlineExceeded(
+                    "the request that was waited for took too long",
+                    elapsed=self._monotonic() - started,
+                )
             except UserServiceError as failed:
                 error = failed
             else:
@@ -446,7 +454,6 @@ class DocumentCache:
         self, ids: Sequence[str], deadline: Deadline, options: CallOptions, one_by_one: bool
     ) -> dict[_Flight, list[str]]:
         """Begin requests for these ids, which others may join."""
-        self._home.enter()
         turns = asyncio.Semaphore(BATCHES_AT_ONCE)
         size = 1 if one_by_one else MAX_BATCH
         departed: dict[_Flight, list[str]] = {}
@@ -458,7 +465,7 @@ class DocumentCache:
             else:
                 request = self._fetch_many(some, flight, options, turns)
             flight.task = asyncio.create_task(request, name="user-service-fetch")
-            self._tasks.add(flight.task)
+            self._under_way.add(flight.task)
             flight.task.add_done_callback(partial(self._ended, some, flight))
             departed[flight] = some
             if not options:
@@ -473,7 +480,7 @@ class DocumentCache:
 
     def _ended(self, ids: Sequence[str], flight: _Flight, task: asyncio.Task[Found]) -> None:
         self._landed(ids, flight)
-        self._tasks.discard(task)
+        self._under_way.discard(task)
         if not task.cancelled():
             task.exception()  # of whom everybody who waited is gone, nobody asks for it
 
@@ -550,6 +557,7 @@ class DocumentCache:
 
     def _refresh(self, ids: Sequence[str], one_by_one: bool) -> None:
         """Revalidate old copies in the background, as many at a time as do no harm."""
+        self._home.enter()
         second = int(self._monotonic())
         if second != self._refresh_second:
             self._refresh_second, self._refreshed = second, 0
@@ -621,8 +629,8 @@ class DocumentCache:
 
     def _fresh_until(self, asked_at: float) -> float:
         # Spread, so that what was read together is not revalidated together.
-        jitter = random.uniform(1 - TTL_JITTER, 1)  # noqa: S311 - no secret
-        return asked_at + self._options.fresh_for * jitter
+        jitter = TTL_JITTER * random.random()  # noqa: S311 - no secret
+        return asked_at + self._options.fresh_for * (1 - jitter)
 
     # What is heard of
 
@@ -783,7 +791,7 @@ class DocumentCache:
 
     async def aclose(self) -> None:
         """End what is under way."""
-        tasks = list(self._tasks)
+        tasks = list(self._under_way)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -791,5 +799,5 @@ class DocumentCache:
     def _let_go(self) -> None:
         """Forget requests of an event loop that is over."""
         self._flights.clear()
-        self._tasks.clear()
+        self._under_way.clear()
         self._refreshes.clear()

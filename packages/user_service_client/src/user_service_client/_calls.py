@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import TypeAlias, TypedDict
+from typing import TypeAlias, TypedDict, TypeVar
 from urllib.parse import quote, urlencode
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import httpx
 import msgspec
-from user_service_schemas import Request
+from user_service_schemas import MAX_BATCH, Request
 
 from user_service_client._answers import Answer
 from user_service_client._clock import Clock
@@ -26,6 +27,7 @@ from user_service_client._retry import (
     is_outage,
     is_retried,
     is_throttled,
+    leaves_in_doubt,
     try_again,
 )
 from user_service_client._transport import Attempt, Transport
@@ -38,6 +40,8 @@ from user_service_client.errors import (
     UserServiceError,
 )
 from user_service_client.hooks import AttemptEvent, Hooks, RetryEvent, Tracing, tell
+
+T = TypeVar("T")
 
 ApiKey: TypeAlias = str | Callable[[], str] | Callable[[], Awaitable[str]]
 """A service key, or a function that returns the current one; it is asked at each attempt."""
@@ -62,6 +66,17 @@ class CallOptions(TypedDict, total=False):
     timeout: float | None
     retries: int | None
     headers: Mapping[str, str] | None
+
+
+class ReadOptions(CallOptions, total=False):
+    """What methods that use the client's own copies take as keywords.
+
+    Keys:
+        max_stale: How many seconds old a copy may be if the service cannot be reached; None or
+            omitted: the client's own.
+    """
+
+    max_stale: float | None
 
 
 class CreateOptions(CallOptions, total=False):
@@ -125,19 +140,30 @@ class _Run:
         "answer",
         "attempts",
         "call",
+        "closings",
         "deadline",
         "headers",
         "maybe_processed",
         "paid",
+        "request_id",
         "retries",
         "started",
     )
 
     def __init__(
-        self, call: Call, headers: httpx.Headers, deadline: Deadline, retries: int, started: float
+        self,
+        call: Call,
+        headers: httpx.Headers,
+        deadline: Deadline,
+        retries: int,
+        *,
+        started: float,
+        closings: int,
     ) -> None:
         self.call = call
+        self.closings = closings
         self.headers = headers
+        self.request_id: str = headers["X-Request-ID"]
         self.deadline = deadline
         self.retries = retries
         self.started = started
@@ -145,11 +171,6 @@ class _Run:
         self.paid = 0
         self.maybe_processed = False
         self.answer: Answer
-
-    @property
-    def request_id(self) -> str:
-        request_id: str = self.headers["X-Request-ID"]
-        return request_id
 
 
 class Calls:
@@ -172,10 +193,11 @@ class Calls:
         # With the first client, and not at the first failure, when time is short: it takes 30 ms.
         import tenacity  # noqa: F401, PLC0415
 
-        self._base_url = _checked_base_url(base_url)
+        self._base = _checked_base_url(base_url)
         self._api_key = _checked_key(api_key) if isinstance(api_key, str) else api_key
         self._timeout = timeout
         self._attempt_timeout = attempt_timeout
+        self._fair = min(timeout, attempt_timeout) / 2
         self._retries = retries
         self._transport = transport
         self._home = home
@@ -184,7 +206,11 @@ class Calls:
         self._tracing = tracing
         self._budget = Budget()
         self.breaker = Breaker(clock)
-        self._user_agent = f"user-service-client/{version('user-service-client')}"
+        self._every_header = {
+            "Host": self._base.netloc.decode("ascii"),
+            "Accept": "application/json",
+            "User-Agent": f"user-service-client/{version('user-service-client')}",
+        }
 
     def deadline(self, timeout: float | None) -> Deadline:
         """Return the deadline of a call that begins now."""
@@ -205,13 +231,13 @@ class Calls:
             UserServiceError: of whatever kind.
             RuntimeError: the client is in use in another thread.
         """
-        self._home.enter()
         run = _Run(
             call,
             self._headers(call),
             call.deadline or self.deadline(call.timeout),
             self._retries if call.retries is None else call.retries,
-            self._clock.monotonic(),
+            started=self._clock.monotonic(),
+            closings=self._transport.closings,
         )
         with self._tracing.call(call.operation):
             error = await self._attempt(run)
@@ -226,6 +252,8 @@ class Calls:
 
         async def again() -> UserServiceError | None:
             nonlocal last
+            if run.closings != self._transport.closings:  # while it waited
+                return None
             outcome = await self._attempt(run)
             if not isinstance(outcome, CircuitOpen):  # which says less than what opened it
                 last = outcome
@@ -245,7 +273,9 @@ class Calls:
             return delay
 
         def pause_if_left(error: UserServiceError, attempt: int) -> float | None:
-            return pause_before(error, attempt) if attempt <= run.retries else None
+            if attempt > run.retries or run.closings != self._transport.closings:
+                return None
+            return pause_before(error, attempt)
 
         if is_retried(first):
             await try_again(first, again, pause_before=pause_if_left, sleep=self._clock.sleep)
@@ -253,6 +283,7 @@ class Calls:
 
     async def _attempt(self, run: _Run) -> UserServiceError | None:
         """Make one attempt; returns what it failed with, or keeps the answer."""
+        self._home.enter()  # each time: others may have used it elsewhere since the one before
         started = self._clock.monotonic()
         limit = min(self._attempt_timeout, run.deadline.at - started)
         if limit <= 0:
@@ -269,6 +300,9 @@ class Calls:
             error = await self._exchange(run, attempt, limit)
             status = run.answer.status if error is None else error.status
             failed = error is not None and is_outage(error) and not is_throttled(error)
+            took = self._clock.monotonic() - started
+            if failed and status is None and limit < self._fair and took >= limit - TICK:
+                failed = None  # the caller's time was up: that says nothing of the service
         finally:
             self.breaker.ended(admission, failed)
             tell(
@@ -314,12 +348,12 @@ class Calls:
                     request_id=run.request_id,
                 ),
             )
-        answer = run.answer = Answer(call.operation, reply, run.request_id)
+        elapsed = self._clock.monotonic() - run.started
+        answer = run.answer = Answer(call.operation, reply, run.request_id, run.attempts, elapsed)
         if answer.is_success or answer.status in call.accepts:
             return None
         refused = answer.error()
-        # An unexpected failure may have come after the commit, and a gateway does not know.
-        refused.maybe_processed = answer.status in {500, 502, 504}
+        refused.maybe_processed = leaves_in_doubt(refused)
         return refused
 
     def _in_time(self, run: _Run, error: UserServiceError) -> UserServiceError:
@@ -330,7 +364,7 @@ class Calls:
         return self._out_of_time(run)
 
     def _out_of_time(self, run: _Run) -> DeadlineExceeded:
-        timeout = run.deadline.at - run.started
+        timeout = max(0.0, run.deadline.at - run.started)  # it may have begun too late
         sent = "maybe processed" if run.maybe_processed else "not sent"
         return DeadlineExceeded(
             f"{run.call.operation}: no answer within {timeout:.3g} s, {sent}"
@@ -372,36 +406,38 @@ class Calls:
             yield response
 
     def _headers(self, call: Call) -> httpx.Headers:
-        headers = httpx.Headers(
-            {
-                "Accept": "application/json",
-                "User-Agent": self._user_agent,
-                # made here, so that a call without an answer can be found in the logs, too
-                "X-Request-ID": uuid4().hex,
-            }
-        )
+        # made here, so that a call without an answer can be found in the logs, too
+        headers = {**self._every_header, "X-Request-ID": os.urandom(16).hex()}
         if call.body is not None:
             headers["Content-Type"] = "application/json"
         if call.is_write:
-            headers["Idempotency-Key"] = call.idempotency_key or uuid4().hex
+            headers["Idempotency-Key"] = call.idempotency_key or os.urandom(16).hex()
         if call.if_match is not None:
             headers["If-Match"] = call.if_match
         if call.held is not None:
             headers["If-None-Match"] = call.held
         if call.min_version:
             headers["X-Min-Version"] = str(call.min_version)
-        headers.update(call.headers)
-        return headers
+        made = httpx.Headers(headers)
+        if call.headers is not None:
+            made.update(call.headers)
+        return made
 
     def _request(self, call: Call, headers: httpx.Headers, limit: float | None) -> httpx.Request:
-        query = f"?{urlencode(call.params)}" if call.params else ""
-        return httpx.Request(
+        query = urlencode(call.params) if call.params else None
+        body = b"" if call.body is None else msgspec.json.encode(call.body)
+        if body:
+            headers["Content-Length"] = str(len(body))
+        # Given as a stream, with all headers there, it takes 8 µs less: httpx looks for nothing.
+        request = httpx.Request(
             call.method,
-            f"{self._base_url}{call.path}{query}",
+            _url_below(self._base, call.path, query),
             headers=headers,
-            content=None if call.body is None else msgspec.json.encode(call.body),
+            stream=httpx.ByteStream(body),
             extensions={"timeout": dict.fromkeys(("connect", "read", "write", "pool"), limit)},
         )
+        request.read()
+        return request
 
     @staticmethod
     async def _key(key: ApiKey) -> str:
@@ -413,6 +449,22 @@ class Calls:
 
 def _reason(error: UserServiceError) -> str:
     return str(error.status) if isinstance(error, ApiError) else type(error).__name__
+
+
+def shared_wishes(retries: int | None, headers: Mapping[str, str] | None) -> CallOptions:
+    """Return what a request is made with that others might share, but for these."""
+    wishes = CallOptions()
+    if retries is not None:
+        wishes["retries"] = retries
+    if headers is not None:
+        wishes["headers"] = headers
+    return wishes
+
+
+def batches(items: Sequence[T]) -> Iterator[list[T]]:
+    """Yield what one request may ask for at a time."""
+    for start in range(0, len(items), MAX_BATCH):
+        yield list(items[start : start + MAX_BATCH])
 
 
 def id_text(id_: Id) -> str:
@@ -443,13 +495,29 @@ def page_params(page_size: int | None, cursor: str | None) -> dict[str, str]:
     return size if cursor is None else {**size, "cursor": cursor}
 
 
-def _checked_base_url(base_url: str) -> str:
+def _checked_base_url(base_url: str) -> httpx.URL:
     url = httpx.URL(base_url)
     if url.scheme not in {"http", "https"} or not url.host:
         raise ValueError("base_url must be an http or https URL with a host")
     if url.userinfo or url.query or url.fragment:
         raise ValueError("base_url must have no user, query or fragment; keys go to api_key")
-    return base_url.rstrip("/")
+    return httpx.URL(base_url.rstrip("/"))
+
+
+def _url_below(base: httpx.URL, path: str, query: str | None) -> httpx.URL:
+    """Return `base` followed by a path and a query, of which all is escaped that must be.
+
+    httpx would parse and check all of it again, which is a fourth of what a call costs.
+    """
+    url = httpx.URL(base)
+    try:
+        parts = url._uri_reference
+        path = parts.path.removesuffix("/") + path
+        url._uri_reference = parts._replace(path=path, query=query)
+    except AttributeError:  # a later httpx may keep its parts elsewhere
+        rest = path if query is None else f"{path}?{query}"
+        return httpx.URL(f"{base}".removesuffix("/") + rest)
+    return url
 
 
 def _checked_key(key: str) -> str:

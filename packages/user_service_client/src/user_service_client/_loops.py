@@ -45,9 +45,19 @@ class Home:
         Raises:
             RuntimeError: the loop it was used in before is running, too, in another thread.
         """
+        if self.come():
+            for arrive in self._arrive:
+                arrive()
+
+    def come(self) -> bool:
+        """Let go of what belongs to another loop, and tell whether the running one is new.
+
+        Raises:
+            RuntimeError: as `enter`.
+        """
         loop = asyncio.get_running_loop()
         if loop is self._loop and self._forks == _forks:
-            return
+            return False
         if self._loop is not None:
             # Of a fork's parent, the child has a copy that looks as if it were running.
             if self._forks == _forks and self._loop.is_running():
@@ -58,8 +68,7 @@ class Home:
             for let_go in self._let_go:
                 let_go()
         self._loop, self._forks = loop, _forks
-        for arrive in self._arrive:
-            arrive()
+        return True
 
     def leave(self) -> None:
         """Say that the client was closed: it may come to any loop next."""

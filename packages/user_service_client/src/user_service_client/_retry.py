@@ -57,6 +57,18 @@ def is_retried(error: UserServiceError) -> bool:
     return isinstance(error, NotSent | MaybeProcessed)
 
 
+def leaves_in_doubt(error: ApiError) -> bool:
+    """Whether a write may have happened although the service, or a proxy, has refused it.
+
+    An unexpected failure may have come after the commit, or the database was lost in the middle of
+    it; a proxy does not know what became of what it passed on. A write whose twin is still under
+    way is about to happen.
+    """
+    if error.status == 503:
+        return error.code != ErrorCode.OVERLOADED
+    return error.status in {500, 502, 504} or error.code == ErrorCode.IDEMPOTENCY_IN_PROGRESS
+
+
 def is_outage(error: UserServiceError) -> bool:
     """Whether it says that the service is not there, so that what is known of it must do."""
     return isinstance(

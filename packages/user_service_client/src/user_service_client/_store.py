@@ -5,11 +5,12 @@ new document is on trial in a small queue, and comes to the main queue if it is 
 to the head. So a campaign that reads everybody once passes through a tenth of the store. A hit
 moves nothing: it counts, up to 3, and each count lets the document pass the head of a queue once.
 
-Three things differ from the paper, each measured against it (tests/client/test_store.py):
+Four things differ from the paper, each measured against it (tests/client/test_store.py):
 
 - The ghosts, which let an evicted document that is wanted again skip the trial, are a table of
-  hashes in which one overwrites another. It takes 8 bytes a ghost where keys in a queue with an
-  index take 190, and on average over ten traces has the same hit ratio (52.2%).
+  hashes in which one overwrites another. It takes 4 bytes for each entry, not 130, and has the
+  same hit ratio (52.3% on average over twenty cases, and 52.2%).
+- What is evicted from the main queue becomes a ghost, too. It makes no difference but simpler code.
 - A sweep that meets only documents in use gives up after 32 and evicts the next. Otherwise one
   `put` may have to pass all 50,000 three times, while the event loop waits.
 - What is removed leaves its place, and takes it again when it is back: an invalidation says that
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
+from itertools import filterfalse
 from typing import Generic, TypeVar
 
 MAX_FREQ = 3
@@ -111,7 +113,6 @@ class Store(Generic[E]):
         if freq is not None:
             entry.freq = freq
         else:
-            entry.freq = 0
             (self._main if self._is_ghost(key) else self._trial).append(key)
         entries[key] = entry
         self.bytes += size
@@ -131,7 +132,7 @@ class Store(Generic[E]):
         patience = _PATIENCE
         while True:
             # A share of what there is, not of `max_entries`: the bytes may be the closer bound.
-            queue = trial if len(trial) * _TRIAL_SHARE >= len(entries) or not main else main
+            queue = trial if len(trial) * _TRIAL_SHARE >= len(entries) else main
             key = queue.popleft()
             entry = entries.get(key)
             if entry is None:
@@ -142,15 +143,15 @@ class Store(Generic[E]):
                 main.append(key)
             else:
                 break
-        if queue is trial:
-            self._add_ghost(key)
+        self._add_ghost(key)
         del entries[key]
         self.bytes -= entry.size
         self.evictions += 1
 
     def _add_ghost(self, key: str) -> None:
-        if len(self._ghosts) * 2 < len(self.entries):  # 0.5 to 1 an entry are equally good
-            self._ghosts = array("q", bytes(8 * len(self.entries)))
+        count = len(self.entries)
+        if len(self._ghosts) * 4 < count:
+            self._ghosts = array("q", bytes(8 * (count // 2 + 1)))
         self._ghosts[hash(key) % len(self._ghosts)] = hash(key)
 
     def _is_ghost(self, key: str) -> bool:
@@ -158,8 +159,9 @@ class Store(Generic[E]):
         return bool(ghosts) and ghosts[hash(key) % len(ghosts)] == hash(key)
 
     def _tidy(self) -> None:
-        """Give up the places that were left if they are many. This takes 2 ms of 50,000."""
+        """Give up vacant places if they are many: of 50,000 in 3 ms, once in 12,500 removals."""
         if len(self._vacant) * _VACANT_SHARE > len(self.entries) + _VACANT_FREE:
-            self._trial = deque(key for key in self._trial if key in self.entries)
-            self._main = deque(key for key in self._main if key in self.entries)
+            is_vacant = self._vacant.__contains__
+            self._trial = deque(filterfalse(is_vacant, self._trial))
+            self._main = deque(filterfalse(is_vacant, self._main))
             self._vacant.clear()

@@ -120,6 +120,11 @@ class LiveUpdates:
         is_complete = self._state is StreamState.LIVE and self._cache.is_complete
         return ClientStatus(self._state, self._since, is_complete)
 
+    @property
+    def is_following(self) -> bool:
+        """Whether a task follows the stream, or tries to."""
+        return self._task is not None and not self._task.done()
+
     def _start(self) -> None:
         self._come_to(StreamState.INITIALIZING, "start")
         self._task = asyncio.create_task(self._run(), name="user-service-stream")

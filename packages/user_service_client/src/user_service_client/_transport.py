@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import httpx
 
@@ -27,6 +26,8 @@ _NOT_SENT = (
 """What can only be raised before the first byte of a request. Not `LocalProtocolError`: HTTP/2
 transports raise it in the middle of an exchange, too."""
 
+_FAILURES = (httpx.HTTPError, httpx.StreamError, OSError)
+
 
 @runtime_checkable
 class LoopBound(Protocol):
@@ -36,8 +37,7 @@ class LoopBound(Protocol):
         """Forget the connections, without an event loop."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(NamedTuple):
     """An answer, read to its end."""
 
     status: int
@@ -73,6 +73,9 @@ class Transport:
 
     Its own is backed by aiohttp: a call that is cancelled inside httpx' pool (httpcore 1.0) can
     leave a connection that nobody opens or closes, until none is left (encode/httpcore#1093).
+
+    Attributes:
+        closings: How often it was closed: what began before then is not tried again.
     """
 
     def __init__(
@@ -85,6 +88,8 @@ class Transport:
         else:
             self._make = transport or _default_transport()
         self._current: httpx.AsyncBaseTransport | None = self._given
+        self._tells_what_leaves = _tells_what_leaves(self._given)
+        self.closings = 0
         home.on_move(self.abandon)
 
     @property
@@ -100,8 +105,15 @@ class Transport:
             MaybeProcessed: no whole answer came back.
             DecodeError: the answer's content coding is broken.
         """
-        async with self.stream(request, attempt) as response:
-            body = await response.aread()
+        # Not by `stream`: its generator and what `aread` goes through take 15 µs.
+        try:
+            response = await self._begin(request, attempt)
+            try:
+                body = await _whole(response)
+            finally:
+                await response.aclose()
+        except _FAILURES as error:
+            raise _ours(attempt, error) from _shown(error)
         return Reply(status=response.status_code, headers=response.headers, body=body)
 
     @asynccontextmanager
@@ -109,31 +121,29 @@ class Transport:
         self, request: httpx.Request, attempt: Attempt
     ) -> AsyncIterator[httpx.Response]:
         """Send `request` and give the answer, to be read; raises as `send`."""
-        transport = self._transport()
-        if isinstance(transport, httpx.AsyncHTTPTransport | LoopBound):
-            request.extensions["trace"] = attempt.trace
-        else:
-            attempt.may_have_left = True  # of others nobody knows when a request leaves
         try:
-            response = await transport.handle_async_request(request)
-            response.request = request
+            response = await self._begin(request, attempt)
             try:
                 yield response
             finally:
                 await response.aclose()
-        except _NOT_SENT as error:
-            raise _failed(NotSent, attempt, error) from error
-        except httpx.DecodingError as error:
-            raise _failed(DecodeError, attempt, error) from error
-        except httpx.LocalProtocolError as error:
-            # h11 quotes a header that it refuses, and that may be the key
-            raise _failed(MaybeProcessed, attempt, error) from None
-        except (httpx.HTTPError, httpx.StreamError, OSError) as error:
-            raise _failed(MaybeProcessed, attempt, error) from error
+        except _FAILURES as error:
+            raise _ours(attempt, error) from _shown(error)
+
+    async def _begin(self, request: httpx.Request, attempt: Attempt) -> httpx.Response:
+        transport = self._transport()
+        if self._tells_what_leaves:
+            request.extensions["trace"] = attempt.trace
+        else:
+            attempt.may_have_left = True
+        response = await transport.handle_async_request(request)
+        response.request = request
+        return response
 
     def _transport(self) -> httpx.AsyncBaseTransport:
         if self._current is None:
             self._current = self._make()
+            self._tells_what_leaves = _tells_what_leaves(self._current)
         return self._current
 
     def abandon(self) -> None:
@@ -147,9 +157,15 @@ class Transport:
 
     async def aclose(self) -> None:
         """Close the connections, and with them what is still under way."""
-        if self._current is not None:
-            await self._current.aclose()
-            self._current = self._given
+        self.closings += 1
+        current, self._current = self._current, self._given
+        if current is not None:
+            await current.aclose()
+
+    def forget(self) -> None:
+        """Close the connections as far as that can be done without an event loop."""
+        self.closings += 1
+        self.abandon()
 
 
 def _default_transport() -> TransportFactory:
@@ -159,10 +175,32 @@ def _default_transport() -> TransportFactory:
     return AiohttpTransport
 
 
-def _failed(
-    error_class: type[UserServiceError], attempt: Attempt, error: Exception
-) -> UserServiceError:
+def _tells_what_leaves(transport: httpx.AsyncBaseTransport | None) -> bool:
+    """Whether it follows httpcore's events; of others nobody knows when a request leaves."""
+    return isinstance(transport, httpx.AsyncHTTPTransport | LoopBound)
+
+
+async def _whole(response: httpx.Response) -> bytes:
+    """Return the body of an answer; what is there already, and not compressed, at once."""
+    stream = response.stream
+    if isinstance(stream, httpx.ByteStream) and "Content-Encoding" not in response.headers:
+        return b"".join(stream)
+    return await response.aread()
+
+
+def _ours(attempt: Attempt, error: Exception) -> UserServiceError:
+    """Return what a transport's error is to the caller."""
+    error_class: type[UserServiceError] = MaybeProcessed
+    if isinstance(error, _NOT_SENT):
+        error_class = NotSent
+    elif isinstance(error, httpx.DecodingError):
+        error_class = DecodeError
     return error_class(
         f"{attempt.operation}: {type(error).__name__} (request id {attempt.request_id})",
         request_id=attempt.request_id,
     )
+
+
+def _shown(error: Exception) -> Exception | None:
+    """Return an error as a cause. h11 quotes a header that it refuses, and that may be the key."""
+    return None if isinstance(error, httpx.LocalProtocolError) else error

@@ -32,6 +32,7 @@ from user_service_client._calls import (
     WriteOptions,
     id_text,
     page_params,
+    shared_wishes,
     user_path,
 )
 from user_service_client._deadline import Deadline
@@ -46,6 +47,10 @@ _USER = msgspec.json.Decoder(Envelope[User])
 _FOUND = msgspec.json.Decoder(Envelope[FoundUsers])
 _PAGE = msgspec.json.Decoder(Envelope[Page[User]])
 _decode_user = msgspec.json.Decoder(User).decode
+
+
+def _decode_users(documents: Iterable[msgspec.Raw]) -> list[User]:
+    return [_decode_user(document) for document in documents]
 
 
 class _RawBatch(msgspec.Struct):
@@ -100,12 +105,15 @@ class DocumentSource:
             headers=options.get("headers"),
         )
         answer = await self._calls.send(call)
-        epoch, _, form = answer.reply.headers.get(DOCUMENT_TAG, "").partition(".")
-        fetched = {}
-        for raw in answer.data(_BATCH).users:
-            user = answer.decoded(_decode_user, raw)
-            fetched[user.id] = Fetched(user, intern(epoch), intern(form), len(raw))
-        return fetched
+        tag = answer.reply.headers.get(DOCUMENT_TAG, "")
+        epoch, form = map(intern, tag.partition(".")[::2])
+        documents = answer.data(_BATCH).users
+        users = answer.decoded(_decode_users, documents)
+        sizes = map(len, documents)
+        return {
+            user.id: Fetched(user, epoch, form, size)
+            for user, size in zip(users, sizes, strict=True)
+        }
 
     def deadline(self) -> Deadline:
         """Return the deadline of a read for which nobody waits."""
@@ -196,11 +204,12 @@ class Users:
         unique = list(dict.fromkeys(map(id_text, ids)))
         wish = self._wish(max_stale, timeout, retries, headers)
         found = await self._cache.read_many(unique, wish)
-        entries = [(user_id, found[user_id]) for user_id in unique]
-        return BatchOfUsers(
-            users=tuple(entry.user for _, entry in entries if entry is not None),
-            missing=tuple(user_id for user_id, entry in entries if entry is None),
-        )
+        entries = [found[user_id] for user_id in unique]
+        users = [entry.user for entry in entries if entry is not None]
+        missing: list[str] = []
+        if len(users) < len(entries):
+            missing = [user_id for user_id in unique if found[user_id] is None]
+        return BatchOfUsers(users=tuple(users), missing=tuple(missing))
 
     def _wish(
         self,
@@ -209,11 +218,7 @@ class Users:
         retries: int | None,
         headers: Mapping[str, str] | None,
     ) -> Wish:
-        options = CallOptions()
-        if retries is not None:
-            options["retries"] = retries
-        if headers is not None:
-            options["headers"] = headers
+        options = shared_wishes(retries, headers)
         return Wish(Use.READ, self._calls.deadline(timeout), max_stale, options)
 
     async def lookup(
@@ -341,6 +346,17 @@ class Users:
         """
         await self._writes.send("users.delete", "DELETE", user_id, options)
         self._cache.erased(id_text(user_id))
+
+    async def lift_suppression(self, user_id: Id, **options: Unpack[WriteOptions]) -> None:
+        """Let mail be tried again to an address that a hard bounce has suppressed.
+
+        Raises:
+            NotFound: nobody has this id.
+            VersionMismatch: the version is not that of `if_version`.
+        """
+        await self._writes.send(
+            "users.lift_suppression", "DELETE", user_id, options, rest="/suppression"
+        )
 
     async def set_password(
         self,

@@ -10,7 +10,14 @@ from user_service_schemas import ErrorCode, Request
 from user_service_client._answers import Answer
 from user_service_client._cache import DocumentCache, Tag
 from user_service_client._calls import Call, Calls, Id, WriteOptions, id_text, user_path
-from user_service_client.errors import ApiError, UserServiceError, VersionMismatch
+from user_service_client._deadline import Deadline
+from user_service_client.errors import (
+    ApiError,
+    MaybeProcessed,
+    NotSent,
+    UserServiceError,
+    VersionMismatch,
+)
 
 _ANY_FORMAT = "0"
 """`If-Match` compares epoch and version, whatever the document's format."""
@@ -35,6 +42,9 @@ class Writes:
     ) -> Answer:
         """Write at the path of a user, or at `rest` below it, and return the answer."""
         subject = id_text(user_id)
+        deadline: Deadline | None = None
+        if isinstance(options.get("if_version"), int):  # there may be a read before
+            deadline = self._calls.deadline(options.get("timeout"))
         call = Call(
             operation,
             method,
@@ -45,7 +55,8 @@ class Writes:
             headers=options.get("headers"),
             is_write=True,
             idempotency_key=options.get("idempotency_key"),
-            if_match=await self._condition(subject, options),
+            if_match=await self._condition(subject, options, deadline),
+            deadline=deadline,
         )
         with self._heard(subject):
             answer = await self._calls.send(call)
@@ -56,7 +67,9 @@ class Writes:
         """Return the version of a user below which nothing is believed."""
         return self._cache.floor(id_text(user_id))
 
-    async def _condition(self, user_id: str, options: WriteOptions) -> str | None:
+    async def _condition(
+        self, user_id: str, options: WriteOptions, deadline: Deadline | None
+    ) -> str | None:
         version = options.get("if_version")
         if version is None or isinstance(version, str):
             return version
@@ -66,8 +79,16 @@ class Writes:
         epoch = self._cache.epoch
         if epoch is None:
             # Nothing was read yet: a version alone does not say which epoch it is of.
-            call = Call("users.get", "GET", user_path(user_id), timeout=options.get("timeout"))
-            answer = await self._calls.send(call)
+            call = Call(
+                "users.get",
+                "GET",
+                user_path(user_id),
+                retries=options.get("retries"),
+                headers=options.get("headers"),
+                deadline=deadline,
+            )
+            with _before_the_write():
+                answer = await self._calls.send(call)
             self._learn(user_id, answer.known_etag())
             epoch = self._cache.epoch
         return f'"{epoch}.{_ANY_FORMAT}.{version}"'
@@ -97,3 +118,20 @@ class Writes:
             return False
         self._cache.heard_of(user_id, tag.version, tag.epoch)
         return True
+
+
+@contextmanager
+def _before_the_write() -> Iterator[None]:
+    """Say of what fails that the write has certainly not happened."""
+    try:
+        yield
+    except MaybeProcessed as error:
+        raise NotSent(
+            str(error),
+            request_id=error.request_id,
+            attempts=error.attempts,
+            elapsed=error.elapsed,
+        ) from error
+    except UserServiceError as error:
+        error.maybe_processed = False
+        raise

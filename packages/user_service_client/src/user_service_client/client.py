@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Self, Unpack
 
@@ -13,7 +14,9 @@ from user_service_client._cache import CacheOptions, CacheStats, DocumentCache
 from user_service_client._calls import ApiKey, Call, CallOptions, Calls, Id, id_text
 from user_service_client._changes import ChangesOfUsers
 from user_service_client._clock import Clock, SystemClock
+from user_service_client._deliveries import Deliveries
 from user_service_client._devices import Devices
+from user_service_client._feedback import Feedback
 from user_service_client._health import read_health
 from user_service_client._loops import Home
 from user_service_client._preferences import PreferencesOfUsers
@@ -72,6 +75,8 @@ class UserServiceClient:
         users: Reading, registering, changing and deleting users.
         preferences: What users want to get, and the history of it.
         devices: Where a push can reach users.
+        deliveries: Whether a message may go to a user now.
+        feedback: Reporting what the providers said.
         changes: What was changed, page by page.
         cache: The client's own copies of users.
 
@@ -119,6 +124,8 @@ class UserServiceClient:
         self.users = Users(calls, self._documents, writes)
         self.preferences = PreferencesOfUsers(calls, writes)
         self.devices = Devices(calls, writes)
+        self.deliveries = Deliveries(calls, self._documents, clock)
+        self.feedback = Feedback(calls)
         self.changes = ChangesOfUsers(calls)
         self.cache = Cache(self._documents)
 
@@ -140,11 +147,13 @@ class UserServiceClient:
 
     async def aclose(self) -> None:
         """Close the connections and end what is under way. The client can be used again."""
-        if self._live is not None:
-            await self._live.aclose()
-        await self._documents.aclose()
-        await self._transport.aclose()
-        self._home.leave()
+        self._home.come()
+        async with AsyncExitStack() as stack:  # to its end, also if it is cancelled
+            stack.callback(self._home.leave)
+            stack.push_async_callback(self._transport.aclose)
+            stack.push_async_callback(self._documents.aclose)
+            if self._live is not None:
+                await self._live.aclose()
 
     async def __aenter__(self) -> Self:
         self._home.enter()
@@ -160,11 +169,13 @@ class UserServiceClient:
 
     def __del__(self) -> None:
         # Not made to its end if its arguments were refused.
-        transport = getattr(self, "_transport", None)
-        if transport is None or not transport.has_connections:
+        live: LiveUpdates | None = getattr(self, "_live", None)
+        transport: Transport | None = getattr(self, "_transport", None)
+        is_following = live is not None and live.is_following
+        if transport is None or not (transport.has_connections or is_following):
             return
         warnings.warn(f"{type(self).__name__} was not closed: await aclose()", ResourceWarning, 2)
         loop = self._home.loop
-        if self._live is not None and loop is not None and not loop.is_closed():
-            self._live.abandon(loop)
-        transport.abandon()
+        if live is not None and loop is not None and not loop.is_closed():
+            live.abandon(loop)
+        transport.forget()

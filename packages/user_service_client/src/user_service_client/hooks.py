@@ -29,7 +29,8 @@ class AttemptEvent:
         operation: The method that was called, such as `users.get`.
         attempt: 1 for the first.
         status: The HTTP status, None where no answer came.
-        error: The class of what went wrong without an answer, such as `NotSent`, else None.
+        error: The class of what went wrong without an answer, such as `NotSent`, else None. Where
+            both are None, the attempt was cancelled, or the function of the key has failed.
         elapsed: Seconds that the attempt took.
         request_id: What the service logs it under.
     """

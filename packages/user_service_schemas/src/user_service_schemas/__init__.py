@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 from ._base import FrozenDict, Request, Response
+from .catalogue import Catalogue, Mode
 from .changes import Change, ChangeKind, Changes, Heartbeat, Reset
+from .decisions import UnknownRules, check_delivery, decide, is_decidable
+from .deliveries import (
+    MAX_RECIPIENTS,
+    Decision,
+    DeliveryDevice,
+    Explanation,
+    Reason,
+    ResolveDeliveries,
+    Verdict,
+)
 from .devices import Device, DeviceDetails, DeviceUpdate, RegisterDevice
 from .envelope import Envelope, Error, FieldError, Page, Problem
-from .errors import STATUS_OF, ErrorCode
+from .errors import STATUS_OF, ErrorCode, RuleViolation
 from .feedback import (
+    DEACTIVATING,
     MAX_FEEDBACK,
     EmailFeedback,
+    EmailReason,
     FeedbackItem,
     FeedbackResult,
     PushFeedback,
+    PushReason,
     ReportFeedback,
 )
-from .fields import Platform
+from .fields import CHANNELS, Channel, Platform, Priority
 from .health import Dependency, Health, Probe
 from .preferences import (
     MAX_CATEGORIES,
@@ -28,15 +42,13 @@ from .preferences import (
     PreferencesRevision,
     PreferencesUpdate,
 )
+from .providers import from_apns, from_fcm, from_ses, from_smtp, from_webpush
 from .requests import MalformedJSON, convert_request, decode_request
 from .rules import (
-    CHANNELS,
-    RuleViolation,
     canonical_email,
     effective_preferences,
     merge_preferences,
     preference_changes,
-    time_zones,
     token_digest,
 )
 from .users import (
@@ -51,32 +63,41 @@ from .users import (
     User,
     UserUpdate,
 )
+from .zones import time_zones
 
 __all__ = [
     "CHANNELS",
+    "DEACTIVATING",
     "MAX_BATCH",
     "MAX_CATEGORIES",
     "MAX_FEEDBACK",
+    "MAX_RECIPIENTS",
     "RULES",
     "STATUS_OF",
     "BatchOfUsers",
     "BatchUsers",
+    "Catalogue",
     "CategoryUpdate",
     "Change",
     "ChangeKind",
     "Changes",
+    "Channel",
     "Channels",
     "Choices",
     "Consent",
     "CreateUser",
+    "Decision",
+    "DeliveryDevice",
     "Dependency",
     "Device",
     "DeviceDetails",
     "DeviceUpdate",
     "EmailFeedback",
+    "EmailReason",
     "Envelope",
     "Error",
     "ErrorCode",
+    "Explanation",
     "FeedbackItem",
     "FeedbackResult",
     "FieldError",
@@ -86,6 +107,7 @@ __all__ = [
     "Heartbeat",
     "LookupUsers",
     "MalformedJSON",
+    "Mode",
     "Page",
     "PasswordUpdate",
     "Platform",
@@ -93,21 +115,35 @@ __all__ = [
     "Preferences",
     "PreferencesRevision",
     "PreferencesUpdate",
+    "Priority",
     "Probe",
     "Problem",
     "PushFeedback",
+    "PushReason",
+    "Reason",
     "RegisterDevice",
     "ReportFeedback",
     "Request",
     "Reset",
+    "ResolveDeliveries",
     "Response",
     "RuleViolation",
+    "UnknownRules",
     "User",
     "UserUpdate",
+    "Verdict",
     "canonical_email",
+    "check_delivery",
     "convert_request",
+    "decide",
     "decode_request",
     "effective_preferences",
+    "from_apns",
+    "from_fcm",
+    "from_ses",
+    "from_smtp",
+    "from_webpush",
+    "is_decidable",
     "merge_preferences",
     "preference_changes",
     "time_zones",

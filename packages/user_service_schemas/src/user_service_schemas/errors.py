@@ -1,10 +1,12 @@
-"""The error codes of the API, and the status each is answered with."""
+"""The error codes of the API, the status each is answered with, and what a broken rule raises."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
 from types import MappingProxyType
+
+from .envelope import FieldError
 
 
 class ErrorCode(StrEnum):
@@ -59,3 +61,16 @@ STATUS_OF: Mapping[ErrorCode, int] = MappingProxyType(
     }
 )
 """The HTTP status of each code."""
+
+
+class RuleViolation(ValueError):
+    """A request breaks a rule; `details` names every bad field.
+
+    `valid`, where the request does not even fit its type, has the fields that do as attributes, and
+    `UNSET` for the others: so that rules can be judged all the same, and told at once.
+    """
+
+    def __init__(self, *details: FieldError, valid: object = None) -> None:
+        super().__init__("; ".join(f"{detail.field}: {detail.message}" for detail in details))
+        self.details = details
+        self.valid = valid

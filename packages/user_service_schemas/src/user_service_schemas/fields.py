@@ -14,6 +14,9 @@ from msgspec import Meta
 UUID_PATTERN = "^[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}$"
 CATEGORY_PATTERN = r"^[a-z0-9_.-]{1,64}$"
 
+Channel: TypeAlias = Literal["email", "push"]
+CHANNELS: tuple[Channel, ...] = ("email", "push")
+
 UserId: TypeAlias = Annotated[
     str,
     Meta(
@@ -110,6 +113,7 @@ Token: TypeAlias = Annotated[
         "subscription as JSON.",
     ),
 ]
+Priority: TypeAlias = Literal["normal", "urgent", "critical"]
 Platform: TypeAlias = Literal["web", "ios", "android"]
 AppName: TypeAlias = Annotated[
     str,

@@ -15,17 +15,24 @@ from .fields import CategoryName, Instant, TimeOfDay, ZoneName
 MAX_CATEGORIES = 100
 
 
-class Channels(Response, frozen=True):
-    """The effective switches of one category."""
+class Channels(Response, frozen=True, gc=False, omit_defaults=True):
+    """The effective switches of one category.
+
+    `required` names the channels whose switch is on and cannot be switched off; it is left out
+    where there are none.
+    """
 
     email: bool
     push: bool
+    required: tuple[str, ...] = ()
 
 
-class Preferences(Response, frozen=True):
+class Preferences(Response, frozen=True, omit_defaults=True):
     """A user's preferences, as shown in the document.
 
-    `effective_timezone` is `timezone`, or the service's default where that is null.
+    `effective_timezone` is `timezone`, or the service's default where that is null or unknown.
+    `catalogued` says that the service has a catalogue of categories: then `categories` are all
+    there are. Without one it is left out, other names are free, and what is not said is on.
     """
 
     email: bool
@@ -36,6 +43,7 @@ class Preferences(Response, frozen=True):
     effective_timezone: str
     muted_until: datetime | None
     categories: Mapping[str, Channels]
+    catalogued: bool = False
 
     def __post_init__(self) -> None:
         msgspec.structs.force_setattr(self, "categories", freeze(self.categories))

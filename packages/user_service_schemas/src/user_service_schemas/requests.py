@@ -16,7 +16,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from .envelope import FieldError
-from .rules import RuleViolation
+from .errors import RuleViolation
 
 T = TypeVar("T")
 

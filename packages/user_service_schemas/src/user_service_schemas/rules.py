@@ -11,14 +11,15 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
-from functools import cache
-from importlib.resources import files
 
 import idna
 import msgspec
 from msgspec import UNSET
 
+from .catalogue import Catalogue
 from .envelope import FieldError
+from .errors import RuleViolation
+from .fields import CHANNELS
 from .preferences import (
     MAX_CATEGORIES,
     Channels,
@@ -27,21 +28,7 @@ from .preferences import (
     Preferences,
     PreferencesUpdate,
 )
-
-CHANNELS = ("email", "push")
-
-
-class RuleViolation(ValueError):
-    """A request breaks a rule; `details` names every bad field.
-
-    `valid`, where the request does not even fit its type, has the fields that do as attributes, and
-    `UNSET` for the others: so that rules can be judged all the same, and told at once.
-    """
-
-    def __init__(self, *details: FieldError, valid: object = None) -> None:
-        super().__init__("; ".join(f"{detail.field}: {detail.message}" for detail in details))
-        self.details = details
-        self.valid = valid
+from .zones import time_zones
 
 
 def canonical_email(email: str) -> str:
@@ -84,19 +71,17 @@ def token_digest(token: str) -> bytes:
     return hashlib.sha256(named.encode()).digest()
 
 
-@cache
-def time_zones() -> frozenset[str]:
-    """Return the names of all IANA zones, those of the `tzdata` package: the same everywhere."""
-    return frozenset(files("tzdata").joinpath("zones").read_text("utf-8").split())
-
-
-def merge_preferences(current: Choices, update: PreferencesUpdate) -> Choices:
+def merge_preferences(
+    current: Choices, update: PreferencesUpdate, catalogue: Catalogue | None = None
+) -> Choices:
     """Return what `current` becomes by `update`: a forgotten field never opts anybody back in.
 
-    Merges per field and, inside `categories`, per category and channel. Null clears.
+    Merges per field and, inside `categories`, per category and channel. Null clears. What was said
+    of a category before the catalogue dropped it is kept, and can be forgotten, not changed.
 
     Raises:
-        RuleViolation: the merged result breaks a rule across fields, or the zone is unknown.
+        RuleViolation: the merged result breaks a rule across fields, the zone is unknown, or the
+            update names a category that is not in the catalogue or switches off a required one.
     """
     said = {
         name: value
@@ -108,7 +93,7 @@ def merge_preferences(current: Choices, update: PreferencesUpdate) -> Choices:
     if update.categories is not UNSET:
         said["categories"] = _merge_categories(current.categories, update)
     merged = msgspec.structs.replace(current, **said)
-    violations = tuple(_violations(merged))
+    violations = (*_violations(merged, catalogue), *_refused_categories(current, update, catalogue))
     if violations:
         raise RuleViolation(*violations)
     return merged
@@ -143,7 +128,25 @@ def _merge_categories(
     return merged
 
 
-def _violations(choices: Choices) -> Iterator[FieldError]:
+def _refused_categories(
+    current: Choices, update: PreferencesUpdate, catalogue: Catalogue | None
+) -> Iterator[FieldError]:
+    if catalogue is None or not isinstance(update.categories, dict):
+        return
+    for name, change in update.categories.items():
+        if name not in catalogue.categories:
+            if change is not None or name not in current.categories:
+                yield FieldError(field=f"categories.{name}", message="This category is not known.")
+            continue
+        for channel in CHANNELS if change is not None else ():
+            if getattr(change, channel) is False and catalogue.requires(name, channel):
+                yield FieldError(
+                    field=f"categories.{name}.{channel}",
+                    message="This category is required: it cannot be switched off.",
+                )
+
+
+def _violations(choices: Choices, catalogue: Catalogue | None) -> Iterator[FieldError]:
     start, end = choices.quiet_hours_start, choices.quiet_hours_end
     if (start is None) != (end is None):
         missing = "quiet_hours_start" if start is None else "quiet_hours_end"
@@ -154,26 +157,45 @@ def _violations(choices: Choices) -> Iterator[FieldError]:
         )
     if choices.timezone is not None and choices.timezone not in time_zones():
         yield FieldError(field="timezone", message="This is not a known IANA time zone.")
-    if len(choices.categories) > MAX_CATEGORIES:
+    # A catalogue bounds itself. What it dropped must not stand in the way of what it has.
+    if catalogue is None and len(choices.categories) > MAX_CATEGORIES:
         yield FieldError(
             field="categories", message=f"At most {MAX_CATEGORIES} categories can be kept."
         )
 
 
-def effective_preferences(choices: Choices, default_timezone: str) -> Preferences:
-    """Return what the document shows: what was said, and the default where nothing was."""
+def effective_preferences(
+    choices: Choices, default_timezone: str, catalogue: Catalogue | None = None
+) -> Preferences:
+    """Return what the document shows: what was said, and the default where nothing was.
+
+    With a catalogue these are all of its categories and no other. A zone that the zone database no
+    longer has is shown as it was said, and the default is what holds.
+    """
+    zone = choices.timezone
     return Preferences(
         email=choices.email,
         push=choices.push,
         quiet_hours_start=choices.quiet_hours_start,
         quiet_hours_end=choices.quiet_hours_end,
-        timezone=choices.timezone,
-        effective_timezone=choices.timezone or default_timezone,
+        timezone=zone,
+        effective_timezone=zone if zone is not None and zone in time_zones() else default_timezone,
         muted_until=choices.muted_until,
         categories={
             name: Channels(email=said.get("email", True), push=said.get("push", True))
             for name, said in choices.categories.items()
+        }
+        if catalogue is None
+        else {
+            name: Channels(
+                email=catalogue.is_on(name, "email", said.get("email")),
+                push=catalogue.is_on(name, "push", said.get("push")),
+                required=tuple(c for c in CHANNELS if catalogue.requires(name, c)),
+            )
+            for name in catalogue.categories
+            for said in (choices.categories.get(name, {}),)
         },
+        catalogued=catalogue is not None,
     )
 
 

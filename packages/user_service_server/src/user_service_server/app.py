@@ -17,6 +17,8 @@ from .changes.routes import changes_router
 from .credentials.passwords import Passwords
 from .credentials.routes import credentials_router
 from .credentials.service import Credentials
+from .deliveries.routes import deliveries_router
+from .deliveries.service import Deliveries
 from .devices.routes import devices_router
 from .devices.service import Devices
 from .health.routes import health_router, metrics_router
@@ -71,8 +73,9 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
     idempotency = Idempotency(settings, database, metrics)
     users = Users(settings, documents, passwords)
     credentials = Credentials(database, documents, passwords)
-    preferences = PreferenceCenter(database, documents)
+    preferences = PreferenceCenter(settings, database, documents)
     devices = Devices(settings, database, documents)
+    deliveries = Deliveries(settings, documents)
 
     feed = ChangeFeed(settings, database, state, metrics)
     upkeep = Upkeep(
@@ -119,6 +122,7 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
             preferences_router(preferences, documents, idempotency),
             devices_router(devices, documents, idempotency),
             credentials_router(credentials, idempotency),
+            deliveries_router(deliveries),
             changes_router(feed, settings, draining, metrics),
         ],
     )

@@ -49,7 +49,7 @@ class Metrics:
         )
         self.generation_raised = Counter(
             "user_service_cache_generation_raised",
-            "How often this process left everything that was cached behind, and why.",
+            "How often this process left behind what was cached, and why: 1 for all of it.",
             ["reason"],
             registry=self.registry,
         )

@@ -15,8 +15,10 @@ from msgspec import Meta
 from redis.asyncio.connection import parse_url
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
+from user_service_schemas import Catalogue, RuleViolation
 
 _SECRET = {"secret": True}
+_FILE = {"file": True}
 
 
 class SettingsError(Exception):
@@ -61,6 +63,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     default_timezone: Annotated[str, Meta(description="IANA time zone of users who gave none")] = (
         "UTC"
     )
+    categories: Annotated[
+        Catalogue | None,
+        Meta(
+            description="the catalogue of categories, JSON: per category and channel on, off or"
+            " required; empty: names are free",
+            extra=_FILE,
+        ),
+    ] = None
     password_required: Annotated[
         bool, Meta(description="whether a registration needs a password")
     ] = True
@@ -130,8 +140,8 @@ def load_settings(
 ) -> Settings:
     """Read the settings: the environment wins over `dotenv`, which wins over `defaults`.
 
-    An empty value counts as not set, as `${NAME:-}` in a compose file leaves it. A secret may be
-    given as `NAME_FILE`, a file that holds it, instead.
+    An empty value counts as not set, as `${NAME:-}` in a compose file leaves it. A secret, and the
+    catalogue, may be given as `NAME_FILE`, a file that holds it, instead.
 
     Raises:
         SettingsError: a variable is missing or wrong; the text names all of them.
@@ -274,6 +284,7 @@ class _Field(NamedTuple):
     default: str
     meaning: str
     secret: bool
+    may_be_file: bool
 
 
 def _fields() -> Iterator[_Field]:
@@ -287,6 +298,7 @@ def _fields() -> Iterator[_Field]:
             default="" if field.required else _shown(field.default),
             meaning=meta.description,
             secret=meta.extra == _SECRET,
+            may_be_file=meta.extra is not None,
         )
 
 
@@ -307,7 +319,7 @@ def _read(
         for source in (environ, written, defaults):
             value = (source.get(field.variable) or "").strip()
             file = f"{field.variable}_FILE"
-            path = (source.get(file) or "").strip() if field.secret else ""
+            path = (source.get(file) or "").strip() if field.may_be_file else ""
             if value and path:
                 problems[field.variable] = f"{field.variable} and {file} are both set"
             elif path:
@@ -330,6 +342,8 @@ def _convert(field: _Field, raw: str) -> object:
         return _redis_url(raw)
     if field.name == "default_timezone":
         return _timezone(raw)
+    if field.name == "categories":
+        return _categories(raw)
     if field.name in _WORDS:
         raw = raw.lower()
     if field.type.__origin__ is bool:
@@ -372,6 +386,13 @@ def _redis_url(raw: str) -> str:
             "Expected redis://host:6379/0, rediss://…, unix:///path or valkey://…"
         )
     return url
+
+
+def _categories(raw: str) -> Catalogue:
+    try:
+        return Catalogue.parse(raw)
+    except RuleViolation as violation:
+        raise msgspec.ValidationError(str(violation)) from None
 
 
 def _timezone(raw: str) -> str:

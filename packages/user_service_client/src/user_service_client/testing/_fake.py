@@ -104,8 +104,12 @@ class FakeUserService(httpx.AsyncBaseTransport):
             assert await client.users.get(ada.id) == ada
 
     Edits (`update_preferences` and the like) raise versions, and reach the clients that follow the
-    change stream: `await fake.clock.advance(0)` lets them read it. Whoever asks with whatever
-    service key may do everything. A fake serves any number of clients, also one after the other.
+    change stream: `await fake.clock.advance(0)` lets them read it. A fake serves any number of
+    clients, also one after the other, of one event loop.
+
+    It differs from the service where a test hardly looks: any service key may do everything and
+    nobody is limited; a telephone number, a language tag and an address are judged by their form;
+    a handful of passwords are too common; and `/health` is always well.
 
     Args:
         clock: The time of the fake, which only moves when it is told to; None: a new one.

@@ -12,6 +12,7 @@ from user_service_schemas import (
 )
 
 from ..errors import UserNotFound
+from ..settings import Settings
 from ..storage.database import Database
 from ..storage.document import EntityTags
 from ..storage.documents import Documents, Recorder
@@ -21,7 +22,8 @@ from . import repository
 class PreferenceCenter:
     """What can be done with a user's preferences."""
 
-    def __init__(self, database: Database, documents: Documents) -> None:
+    def __init__(self, settings: Settings, database: Database, documents: Documents) -> None:
+        self._catalogue = settings.categories
         self._database = database
         self._documents = documents
 
@@ -45,7 +47,7 @@ class PreferenceCenter:
         async with self._documents.write(user_id, recorder) as write:
             row = await write.lock_user(user_id, if_match)
             before = await repository.read_choices(write.connection, user_id)
-            after = merge_preferences(before, request)
+            after = merge_preferences(before, request, self._catalogue)
             changes = preference_changes(before, after)
             if changes:
                 await repository.update_choices(write.connection, user_id, after)

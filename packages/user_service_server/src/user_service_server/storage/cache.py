@@ -21,6 +21,7 @@ from enum import Enum
 from typing import Any, Final, NamedTuple
 
 from ..metrics import Metrics
+from .buckets import bucket_of, hash_tag
 from .document import StoredDocument
 from .link import RedisLink
 from .state import StateWatcher
@@ -100,19 +101,34 @@ return 'cleared'
 
 
 @dataclass
-class Announcement:
-    """What one write has said in the cache: its token, and under which keys.
+class Said:
+    """What one write has said of its users in one bucket.
 
-    `generation` is the one it was made under. It is `complete` if all servers took it, and no
-    other generation began in between. One made in a `quiet` time stores nothing afterwards: in that
+    `generation` is the one it was said under. It is `complete` if Redis took it, and no other
+    generation began in between. What is said in a `quiet` time stores nothing afterwards: in that
     time others may commit without an announcement, since nothing is cached.
     """
 
     generation: int
     quiet: bool = False
+    complete: bool = True
+
+
+@dataclass
+class Announcement:
+    """What one write has said in the cache: its token, under which keys, and how in each bucket.
+
+    The buckets have nothing to do with each other: what fails in one costs no other.
+    """
+
     token: str = field(default_factory=lambda: secrets.token_hex(8))
     keys: dict[str, str] = field(default_factory=dict)
-    complete: bool = True
+    buckets: dict[int, Said] = field(default_factory=dict)
+
+    @property
+    def generations(self) -> dict[int, int]:
+        """The generation of each bucket under which it was made."""
+        return {bucket: said.generation for bucket, said in self.buckets.items()}
 
 
 class Outcome(NamedTuple):
@@ -123,7 +139,10 @@ class Outcome(NamedTuple):
 
 
 class DocumentCache:
-    """Documents in Redis under `user-service:{epoch}:{generation}:{id}`."""
+    """Documents in Redis under `user-service:<epoch>:{b<bucket>}:<generation>:<id>`.
+
+    The braces are part of the key: by what is between them a cluster chooses the server.
+    """
 
     def __init__(
         self,
@@ -188,13 +207,15 @@ class DocumentCache:
     async def lease(self, ids: Iterable[str]) -> dict[str, str]:
         """Ask to fill `ids`; returns the leases that were got, by id.
 
-        None are given for 10 s after the generation was raised: writes that are still under way
-        have announced themselves under the old one, or not at all.
+        None are given for 10 s after the bucket's generation was raised: writes that are still
+        under way have announced themselves under the old one, or not at all.
         """
-        leases = {user_id: f"L{secrets.token_hex(8)}" for user_id in ids}
-        if self._state.quiet:
-            self._bypasses.inc(len(leases))
-            return {}
+        wanted = list(ids)
+        leases = {
+            user_id: f"L{secrets.token_hex(8)}"
+            for user_id in wanted
+            if not self._state.is_quiet(bucket_of(user_id))
+        }
         replies = await self._link.run(
             [
                 _eval(_LEASE, self._key(user_id), lease, LEASE_TTL_MS, self._format)
@@ -204,7 +225,7 @@ class DocumentCache:
         answered = zip(leases.items(), replies, strict=True)
         placed = {user_id: lease for (user_id, lease), reply in answered if _is_ok(reply)}
         self._misses.inc(len(placed))
-        self._bypasses.inc(len(leases) - len(placed))
+        self._bypasses.inc(len(wanted) - len(placed))
         return placed
 
     async def fill(
@@ -220,33 +241,37 @@ class DocumentCache:
         for reply in replies:
             self._fills.labels("stored" if reply == 1 else "refused").inc()
 
-    def announcement(self) -> Announcement:
-        """Begin an announcement, which says nothing yet."""
-        return Announcement(self._state.generation)
-
     async def announce(self, ids: Iterable[str], announcement: Announcement) -> None:
         """Mark that a write is about to change `ids`."""
+        state = self._state
         keys = {i: self._key(i) for i in ids if i not in announcement.keys}
         announcement.keys |= keys
-        announcement.quiet = announcement.quiet or self._state.quiet
+        for bucket in map(bucket_of, keys):
+            said = announcement.buckets.setdefault(bucket, Said(state.generation(bucket)))
+            said.quiet = said.quiet or state.is_quiet(bucket)
         replies = await self._link.run(
             [_eval(_ANNOUNCE, key, announcement.token, MARKER_TTL_MS) for key in keys.values()]
         )
-        taken = all(_is_ok(reply) for reply in replies)
-        same = announcement.generation == self._state.generation
-        announcement.complete = announcement.complete and taken and same
+        for user_id, reply in zip(keys, replies, strict=True):
+            bucket = bucket_of(user_id)
+            said = announcement.buckets[bucket]
+            same = said.generation == state.generation(bucket)
+            said.complete = said.complete and _is_ok(reply) and same
 
-    async def publish(self, announcement: Announcement, outcomes: Mapping[str, Outcome]) -> bool:
+    async def publish(
+        self, announcement: Announcement, outcomes: Mapping[str, Outcome]
+    ) -> set[int]:
         """Take an announcement away, and store what its write committed.
 
-        A user without an outcome is one of a write that was rolled back. Returns whether all
-        servers were told.
+        A user without an outcome is one of a write that was rolled back. Returns the buckets of
+        which Redis could not be told.
         """
         commands = []
         for user_id, key in announcement.keys.items():
             outcome = outcomes.get(user_id)
             version = outcome.version if outcome else ""
-            document = outcome.document if outcome and not announcement.quiet else None
+            quiet = announcement.buckets[bucket_of(user_id)].quiet
+            document = outcome.document if outcome and not quiet else None
             body = self._encode(document) if document else ""
             commands.append(
                 _eval(_PUBLISH, key, announcement.token, version, body, self._some_ttl())
@@ -255,11 +280,13 @@ class DocumentCache:
         for reply in replies:
             said = reply.decode() if isinstance(reply, bytes) else "unreachable"
             self._publications.labels(said).inc()
-        return all(isinstance(reply, bytes) for reply in replies)
+        answered = zip(announcement.keys, replies, strict=True)
+        return {bucket_of(user_id) for user_id, reply in answered if not isinstance(reply, bytes)}
 
     def _key(self, user_id: str) -> str:
-        state = self._state
-        return f"user-service:{state.epoch}:{state.generation}:{user_id}"
+        bucket, state = bucket_of(user_id), self._state
+        generation = state.generation(bucket)
+        return f"user-service:{state.epoch}:{hash_tag(bucket)}:{generation}:{user_id}"
 
     def _encode(self, document: StoredDocument) -> bytes:
         return b"D%d %b\n%b" % (document.version, self._format, document.body)

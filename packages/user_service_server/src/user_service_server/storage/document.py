@@ -100,7 +100,10 @@ class DocumentShape:
 
     def __init__(self, settings: Settings) -> None:
         self._default_timezone = settings.default_timezone
-        shape = _encode([msgspec.json.schema(User), RULES, settings.default_timezone])
+        self._catalogue = settings.categories
+        shape = _encode(
+            [msgspec.json.schema(User), RULES, settings.default_timezone, settings.categories]
+        )
         self.format = hashlib.sha256(shape).hexdigest()[:8]
 
     async def read(
@@ -136,7 +139,7 @@ class DocumentShape:
                 phone=row.phone,
                 locale=row.locale,
                 email_deliverable=row.email_deliverable,
-                preferences=effective_preferences(choices, self._default_timezone),
+                preferences=effective_preferences(choices, self._default_timezone, self._catalogue),
                 devices=_decode_devices(row.devices),
                 version=row.version,
                 rules=RULES,

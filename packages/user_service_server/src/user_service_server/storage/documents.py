@@ -15,11 +15,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from user_service_schemas import ChangeKind, User
 
 from ..errors import Overloaded, ServiceError, UserNotFound, VersionMismatch
-from .cache import MISS, DocumentCache, Outcome
+from .cache import MISS, Announcement, DocumentCache, Outcome
 from .database import TRANSACTION_TIMEOUT, Database, translated
 from .document import Document, DocumentShape, EntityTags, StoredDocument, decode_user
 from .state import StateWatcher
-from .tables import users
+from .tables import cache_generations, users
 
 T = TypeVar("T")
 
@@ -37,8 +37,10 @@ which nothing is filled after a raise (`state.QUIET`)."""
 
 # A new user has its version already, and a password's is no change of the document.
 _WITHOUT_STEP = frozenset({ChangeKind.USER_CREATED, ChangeKind.PASSWORD_UPDATED})
-# In one statement: raise the versions, append the changes, and, where the cache could not be told
-# (or was told under a generation that is over), leave everything that is cached behind.
+# In one statement: raise the versions, append the changes, and leave behind what is cached in the
+# buckets where the cache could not be told (they come without a generation), or was told under a
+# generation that is over. Their rows are locked by ascending bucket, as always (see `state`), and
+# one that another has raised meanwhile is left as it is.
 _CONCLUDE = text("""
     WITH changed AS (
         SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:kinds AS text[]), CAST(:steps AS int[]))
@@ -53,16 +55,28 @@ _CONCLUDE = text("""
     ), logged AS (
         INSERT INTO changes (user_id, version, kind, at)
         SELECT id, version, kind, clock_timestamp() FROM raised
-    ), left_behind AS (
-        UPDATE service_state SET generation = generation + 1, raised_at = clock_timestamp()
-        WHERE (NOT CAST(:announced AS boolean) OR generation <> CAST(:generation AS bigint))
+    ), announced AS (
+        SELECT * FROM unnest(CAST(:buckets AS smallint[]), CAST(:generations AS bigint[]))
+            AS announced (bucket, generation)
+    ), untold AS (
+        SELECT bucket
+        FROM cache_generations JOIN announced USING (bucket)
+        WHERE cache_generations.generation IS DISTINCT FROM announced.generation
+    ), locked AS (
+        SELECT bucket
+        FROM cache_generations
+        WHERE bucket IN (SELECT bucket FROM untold)
             AND NOT raised_at BETWEEN clock_timestamp() - interval '3 s' AND clock_timestamp()
-        RETURNING generation
+        ORDER BY bucket
+        FOR UPDATE
+    ), left_behind AS (
+        UPDATE cache_generations SET generation = generation + 1, raised_at = clock_timestamp()
+        FROM locked
+        WHERE cache_generations.bucket = locked.bucket
     )
-    SELECT coalesce((SELECT generation FROM left_behind), (SELECT generation FROM service_state))
-            AS generation,
-        (SELECT json_object_agg(id, version) FROM raised) AS versions
+    SELECT (SELECT json_object_agg(id, version) FROM raised), EXISTS (SELECT FROM untold)
 """)
+_GENERATIONS = select(cache_generations.c.bucket, cache_generations.c.generation)
 _ADVISORY_LOCKS = text(
     "SELECT pg_advisory_xact_lock(key) FROM unnest(CAST(:keys AS bigint[])) AS key"
 )
@@ -102,8 +116,8 @@ class Write:
         self._recorder = recorder
         self.concluded = False
         self._documents = documents
-        self._announcement = documents.cache.announcement()
-        self._generation = self._announcement.generation
+        self._announcement = Announcement()
+        self._generations: Mapping[int, int] = {}
         self._kinds: dict[str, ChangeKind] = {}
         self._versions: Mapping[str, int] = {}
         self._committed: Mapping[str, Document] = {}
@@ -180,17 +194,26 @@ class Write:
 
     async def _raise_versions(self) -> None:
         kinds = self._kinds.values()
+        announced = self._announcement.buckets
         concluded = await self.connection.execute(
             _CONCLUDE,
             {
                 "ids": list(self._kinds),
                 "kinds": [kind.value for kind in kinds],
                 "steps": [int(kind not in _WITHOUT_STEP) for kind in kinds],
-                "announced": self._announcement.complete,
-                "generation": self._announcement.generation,
+                "buckets": list(announced),
+                "generations": [
+                    said.generation if said.complete else None for said in announced.values()
+                ],
             },
         )
-        self._generation, self._versions = concluded.one()
+        self._versions, untold = concluded.one()
+        if untold:
+            # In a later statement, too: one that waited for another's raise does not see it.
+            generations = await self.connection.execute(
+                _GENERATIONS.where(cache_generations.c.bucket.in_(announced))
+            )
+            self._generations = {row.bucket: row.generation for row in generations}
 
     async def commit(self) -> None:
         """Commit, then let the cache know. Not to be cancelled in between.
@@ -203,18 +226,24 @@ class Write:
             with translated():
                 await self.connection.commit()
         except ServiceError:
-            documents.leave_behind_soon(self._announcement.generation)
+            documents.leave_behind_soon(self._announcement.generations)
             raise
         finally:
             documents.forget_flights(self._announcement.keys)
             await self.connection.close()
-        documents.state.adopt(self._generation, "unannounced_write")
+        documents.state.adopt(self._generations, "unannounced_write")
         # An erased user has a version, and no document.
         outcomes = {i: Outcome(version, None) for i, version in self._versions.items()}
         outcomes |= {i: Outcome(read.version, read.stored()) for i, read in self._committed.items()}
-        told = await documents.cache.publish(self._announcement, outcomes)
-        if not told and self._kinds and self._announcement.complete:
-            await documents.state.leave_behind(self._announcement.generation, "unpublished_write")
+        untold = await documents.cache.publish(self._announcement, outcomes)
+        # Where it was not announced either, that was made good already.
+        unpublished = {
+            bucket: said.generation
+            for bucket, said in self._announcement.buckets.items()
+            if bucket in untold and said.complete
+        }
+        if unpublished and self._kinds:
+            await documents.state.leave_behind(unpublished, "unpublished_write")
 
     async def abandon(self) -> None:
         """Roll back, and take the announcements away."""
@@ -343,13 +372,13 @@ class Documents:
         """Run the end of a write even if the request that made it is cancelled."""
         await asyncio.shield(self._in_background(ending))
 
-    def leave_behind_soon(self, generation: int) -> None:
-        """Leave what is cached behind as soon as Postgres can be reached."""
+    def leave_behind_soon(self, generations: Mapping[int, int]) -> None:
+        """Leave what buckets hold behind as soon as Postgres can be reached."""
 
         async def leave_behind() -> None:
             for _ in range(LEAVE_BEHIND_TRIES):
                 with contextlib.suppress(ServiceError):
-                    await self.state.leave_behind(generation, "unknown_commit")
+                    await self.state.leave_behind(generations, "unknown_commit")
                     return
                 await asyncio.sleep(1)
 

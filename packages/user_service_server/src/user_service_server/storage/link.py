@@ -10,7 +10,7 @@ import contextlib
 import re
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextvars import Context
 from enum import Enum
 from functools import partial
@@ -22,13 +22,16 @@ from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisClusterException, RedisError
+from redis.exceptions import RedisClusterException, RedisError, ResponseError
 
 from ..logs import describe
 from ..settings import Settings
+from .buckets import ALL_BUCKETS, slot_of
 
 PROBE_INTERVAL = 0.1
 """Seconds between two looks at a server that failed."""
+LOOK_INTERVAL = 1.0
+"""Seconds between two looks at who serves which slots, while a server of a cluster is down."""
 LATE = 0.02
 """Seconds after which a timer of the event loop has come late."""
 TURNS = 20
@@ -96,17 +99,23 @@ class _Server:
 class RedisLink:
     """Runs commands on Redis; what cannot be had in time is answered with `UNREACHABLE`.
 
-    `recognise` is told of every server that was not seen before: a restart with old data, or a
-    failover that lost writes. Until it has returned, that server counts as unreachable.
+    `recognise` is told of every server that was not seen before, and of the buckets that it may
+    hold: a restart with old data, or a failover that lost writes. Until it has returned, that
+    server counts as unreachable.
     """
 
-    def __init__(self, settings: Settings, recognise: Callable[[str], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        recognise: Callable[[str, Collection[int]], Awaitable[None]],
+    ) -> None:
         # A request asks Redis twice at the most: to read and lease, to announce and publish.
         self._timeout = settings.redis_timeout_ms / 1000 / 2
         self._recognise = recognise
         self._known: set[str] = set()
-        self._strangers: set[str] = set()
+        self._strangers: dict[str, Collection[int]] = {}
         self._servers: dict[str, _Server] = {}
+        self._next_look = 0.0
         self._asked: list[_Asked] = []
         self._flushes: set[asyncio.Task[None]] = set()
         options: dict[str, Any] = {
@@ -258,19 +267,40 @@ class RedisLink:
 
     async def _probe(self, name: str) -> None:
         """Ask a failed server again, after strangers were made known."""
-        for identity in tuple(self._strangers):
-            await self._recognise(identity)
+        for identity, buckets in tuple(self._strangers.items()):
+            await self._recognise(identity, buckets)
             self._known.add(identity)
-            self._strangers.discard(identity)
-        async with asyncio.timeout(self._timeout):
-            await self._ping(name)
+            self._strangers.pop(identity, None)
+        try:
+            async with asyncio.timeout(self._timeout):
+                await self._ping(name)
+        except _FAILURES:
+            if isinstance(self._client, RedisCluster) and name != _ONLY:
+                await self._look_for_another(self._client, name)
+            raise
+
+    async def _look_for_another(self, cluster: RedisCluster, name: str) -> None:
+        """Look whether another server has taken over the slots of one that is down.
+
+        Once a second, for after each look all connections are made anew. That also greets a replica
+        that became a primary behind a connection.
+        """
+        if time.monotonic() > self._next_look:
+            self._next_look = time.monotonic() + LOOK_INTERVAL
+            with contextlib.suppress(*_FAILURES):
+                async with asyncio.timeout(self._timeout):
+                    await cluster.nodes_manager.initialize(last_failed_node_name=name)
 
     async def _ping(self, name: str) -> object:
         if isinstance(self._client, Redis):
             return await self._client.ping()
+        # The first time only; and by the node, since after a command of the cluster's client that
+        # failed all others wait until it is initialized anew. That takes tens of ms, and what gives
+        # it up closes all connections: a server that is down would take the others with it.
         await self._client.initialize()
-        node = self._client.get_node(node_name=name) if name != _ONLY else None
-        return await self._client.ping(target_nodes=node or RedisCluster.PRIMARIES)
+        node = self._client.get_node(node_name=name)
+        nodes = [node] if node else self._client.get_primaries()
+        return await asyncio.gather(*(node.execute_command("PING") for node in nodes))
 
     def _server_of(self, command: Command) -> str:
         if isinstance(self._client, Redis):
@@ -294,8 +324,17 @@ class RedisLink:
         info = dict(_IDENTITY.findall(bytes(await connection.read_response())))
         identity = f"{info.get(b'run_id')!r}{info.get(b'master_replid')!r}"
         if identity not in self._known:
-            self._strangers.add(identity)
+            self._strangers[identity] = await self._buckets_on(connection)
             raise StrangeServer
+
+    async def _buckets_on(self, connection: AbstractConnection) -> Collection[int]:
+        """Return the buckets of which the server behind a connection may hold something."""
+        if isinstance(self._client, RedisCluster):
+            # While it loads its data it says nothing, and is not made known.
+            with contextlib.suppress(ResponseError):
+                await connection.send_command("CLUSTER", "NODES")
+                return _buckets_of(bytes(await connection.read_response()))
+        return ALL_BUCKETS
 
     async def close(self) -> None:
         """Close the connections."""
@@ -308,3 +347,25 @@ class RedisLink:
 
 _ONLY = "redis"
 """The name of the one server, or of a cluster that was not reached yet."""
+
+
+def _buckets_of(nodes: bytes) -> Collection[int]:
+    """Return the buckets that a server may hold, by its own CLUSTER NODES.
+
+    By its own view, and not by the others', which may be older: it answers for those slots that it
+    takes for its own. Besides, it may hold what it imports: a primary that starts with keys in the
+    slots of another either deletes them, or begins to import these slots. Slots that it gets later
+    come with their keys from the one that had them, or empty. A replica that takes over its
+    primary's has another `master_replid` from then on, and is a stranger anew. What only follows
+    now is not known by its slots: all.
+    """
+    for line in nodes.splitlines():
+        words = line.split()
+        flags = words[2].split(b",")
+        if b"myself" in flags and b"master" in flags:
+            held: set[int] = set()
+            for slots in words[8:]:  # 0-5460, 5462, [5463->-other], [5464-<-other]
+                first, _, last = slots.strip(b"[]").partition(b"-")
+                held.update(range(int(first), int(last if last.isdigit() else first) + 1))
+            return [bucket for bucket in ALL_BUCKETS if slot_of(bucket) in held]
+    return ALL_BUCKETS

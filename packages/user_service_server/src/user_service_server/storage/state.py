@@ -1,4 +1,4 @@
-"""The row that all servers of one database share: the epoch and the generation of what is cached.
+"""What all servers of one database share: the epoch, and the generations of what is cached.
 
 And which servers of Redis were seen, and the schema that all stand on.
 """
@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import structlog
 from sqlalchemy import func, select, text, update
@@ -18,36 +20,62 @@ from ..logs import describe
 from ..metrics import Metrics
 from ..periodic import Periodic
 from ..settings import Settings
+from .buckets import BUCKETS
 from .database import Database, connected, create_engine, translated
-from .tables import REVISION, service_state
+from .tables import REVISION, cache_generations, service_state
 
 POLL_INTERVAL = 0.5
-"""Seconds between two looks at the row: how long a process may not know of a new epoch."""
+"""Seconds between two looks: how long a process may not know of a new epoch or generation."""
 POLL_TIMEOUT = 1.0
 QUIET = 10.0
-"""Seconds after a raise of the generation in which nothing is filled: longer than a write that
-announced itself before may still take (`database.TRANSACTION_TIMEOUT`)."""
+"""Seconds after a raise of a generation in which nothing of its bucket is filled: longer than a
+write that announced itself before may still take (`database.TRANSACTION_TIMEOUT`)."""
 
 _log = structlog.get_logger()
 
-_STATE = select(
-    service_state.c.epoch,
-    service_state.c.generation,
-    func.extract("epoch", func.clock_timestamp() - service_state.c.raised_at).label("raised_ago"),
-)
-# A server of Redis that was never seen: what it holds may be of any time. The very first one holds
-# nothing of this epoch.
-_RECOGNISE = text("""
-    UPDATE service_state
-    SET generation = generation + CASE WHEN redis_servers = '{}' THEN 0 ELSE 1 END,
-        raised_at = CASE WHEN redis_servers = '{}' THEN raised_at ELSE clock_timestamp() END,
-        redis_servers = (array_prepend(CAST(:server AS text), redis_servers))[1:100]
-    WHERE NOT CAST(:server AS text) = ANY (redis_servers)
-    RETURNING generation
+_STATE = text("""
+    SELECT epoch, generations, raised_ago
+    FROM service_state, (
+        SELECT array_agg(generation ORDER BY bucket) AS generations,
+            array_agg(
+                CAST(extract(epoch FROM clock_timestamp() - raised_at) AS float) ORDER BY bucket
+            ) AS raised_ago
+        FROM cache_generations
+    ) AS cached
 """)
-_RAISE = text("""
-    UPDATE service_state SET generation = generation + 1, raised_at = clock_timestamp()
-    WHERE generation = :generation
+# A server of Redis that was never seen: what it holds may be of any time. The very first one holds
+# nothing of this epoch. Here and wherever several generations are raised their rows are locked by
+# ascending bucket, so that no two wait for each other.
+_RECOGNISE = text("""
+    WITH recognised AS (
+        UPDATE service_state
+        SET redis_servers = (array_prepend(CAST(:server AS text), redis_servers))[1:100]
+        WHERE NOT CAST(:server AS text) = ANY (redis_servers)
+        RETURNING cardinality(redis_servers) > 1 AS is_stranger
+    ), locked AS (
+        SELECT bucket
+        FROM cache_generations, recognised
+        WHERE is_stranger AND bucket = ANY (CAST(:buckets AS smallint[]))
+        ORDER BY bucket
+        FOR UPDATE OF cache_generations
+    )
+    UPDATE cache_generations SET generation = generation + 1, raised_at = clock_timestamp()
+    FROM locked
+    WHERE cache_generations.bucket = locked.bucket
+    RETURNING cache_generations.bucket, generation
+""")
+_LEAVE_BEHIND = text("""
+    WITH locked AS (
+        SELECT bucket
+        FROM cache_generations
+        JOIN unnest(CAST(:buckets AS smallint[]), CAST(:generations AS bigint[]))
+            AS believed (bucket, generation) USING (bucket, generation)
+        ORDER BY bucket
+        FOR UPDATE OF cache_generations
+    )
+    UPDATE cache_generations SET generation = generation + 1, raised_at = clock_timestamp()
+    FROM locked
+    WHERE cache_generations.bucket = locked.bucket
 """)
 # Before the migrations that this release needs, there is nothing to read, and asking for it would
 # be an error in the log of Postgres twice a second.
@@ -71,27 +99,34 @@ async def renew_epoch(settings: Settings) -> str:
     """Give the database a new epoch and return it: nothing that was cached before is believed."""
     epoch = _new_epoch()
     async with connected(settings) as connection:
-        # With the generation, since writes under way have announced themselves under the old
+        await connection.execute(update(service_state).values(epoch=epoch))
+        # With all generations, since writes under way have announced themselves under the old
         # epoch: until they have ended, nothing is cached.
+        bucket = cache_generations.c.bucket
+        await connection.execute(select(bucket).order_by(bucket).with_for_update())
         await connection.execute(
-            update(service_state).values(
-                epoch=epoch,
-                generation=service_state.c.generation + 1,
-                raised_at=func.clock_timestamp(),
+            update(cache_generations).values(
+                generation=cache_generations.c.generation + 1, raised_at=func.clock_timestamp()
             )
         )
         await connection.commit()
     return epoch
 
 
+class Generation(NamedTuple):
+    """The generation of a bucket, and the time until which nothing of it is cached."""
+
+    number: int = 0
+    quiet_until: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class SharedState:
-    """What was read at the last look, and the time until which nothing is cached."""
+    """What was read at the last look, with each bucket's generation."""
 
     epoch: str = ""
-    generation: int = 0
+    generations: tuple[Generation, ...] = (Generation(),) * BUCKETS
     revision: str | None = None
-    quiet_until: float = 0.0
 
     @property
     def schema_is_known(self) -> bool:
@@ -100,7 +135,7 @@ class SharedState:
 
 
 class StateWatcher:
-    """Looks at the shared row twice a second, and so also knows whether Postgres is there.
+    """Looks at the shared state twice a second, and so also knows whether Postgres is there.
 
     It has connections of its own: a pool that is busy must not make Postgres look gone.
     """
@@ -121,15 +156,13 @@ class StateWatcher:
         """The epoch under which documents are cached and tagged."""
         return self._current.epoch
 
-    @property
-    def generation(self) -> int:
-        """The generation under which documents are cached."""
-        return self._current.generation
+    def generation(self, bucket: int) -> int:
+        """Return the generation under which a bucket's documents are cached."""
+        return self._current.generations[bucket].number
 
-    @property
-    def quiet(self) -> bool:
-        """Whether nothing may be filled, since the generation was raised just now."""
-        return time.monotonic() < self._current.quiet_until
+    def is_quiet(self, bucket: int) -> bool:
+        """Whether nothing of a bucket may be filled, since its generation was raised just now."""
+        return time.monotonic() < self._current.generations[bucket].quiet_until
 
     async def start(self, patience: float) -> None:
         """Wait up to `patience` seconds for Postgres and its schema, then watch on.
@@ -158,9 +191,9 @@ class StateWatcher:
         self._watch.start()
 
     async def look(self) -> None:
-        """Look at the row; looks at the same time are one, so that none brings an old state back.
+        """Look; looks at the same time are one, so that none brings an old state back.
 
-        A row that cannot be read leaves the last state, and says that Postgres is gone.
+        What cannot be read leaves the last state, and says that Postgres is gone.
         """
         if self._looking is None or self._looking.done():
             self._looking = asyncio.create_task(self._look(), name="state-look")
@@ -192,32 +225,50 @@ class StateWatcher:
                     self._current = SharedState(revision=revision)
                     return
                 row = (await connection.execute(_STATE)).one()
-        if row.epoch == self.epoch and row.generation < self.generation:
-            return  # read before a raise that this process has adopted meanwhile
-        # By Postgres' clock for a process that starts, and for one that goes on by its own: a step
-        # of Postgres' clock must not end the quiet time.
-        known = (row.epoch, row.generation) == (self.epoch, self.generation)
-        learnt = self._current.quiet_until if known else time.monotonic() + QUIET
-        raised = time.monotonic() + QUIET - float(row.raised_ago)
         self._current = SharedState(
             epoch=row.epoch,
-            generation=row.generation,
+            generations=self._learn(row.epoch, row.generations, row.raised_ago),
             revision=revision,
-            quiet_until=learnt if self.epoch else raised,
         )
 
-    def adopt(self, generation: int, reason: str) -> None:
-        """Take over a generation that was read or raised in a transaction of this process."""
-        if generation <= self.generation:
+    def _learn(
+        self, epoch: str, numbers: Sequence[int], raised_ago: Sequence[float]
+    ) -> tuple[Generation, ...]:
+        """Return each bucket's generation, now that these were read."""
+        now = time.monotonic()
+        # By Postgres' clock for a process that starts, and for one that goes on by its own: a step
+        # of Postgres' clock must not end the quiet time.
+        if not self.epoch:
+            raised = zip(numbers, raised_ago, strict=True)
+            return tuple(Generation(number, now + QUIET - ago) for number, ago in raised)
+        if epoch != self.epoch:
+            return tuple(Generation(number, now + QUIET) for number in numbers)
+        # A lower one was read before a raise that this process has adopted meanwhile.
+        return tuple(
+            Generation(number, now + QUIET) if number > known.number else known
+            for number, known in zip(numbers, self._current.generations, strict=True)
+        )
+
+    def adopt(self, generations: Mapping[int, int], reason: str) -> None:
+        """Take over buckets' generations that a transaction of this process read or raised."""
+        newer = {b: number for b, number in generations.items() if number > self.generation(b)}
+        if not newer:
             return
-        self._raised.labels(reason).inc()
-        _log.warning("cache.generation", generation=generation, reason=reason)
+        self._raised.labels(reason).inc(len(newer) / BUCKETS)
+        _log.warning("cache.left_behind", buckets=len(newer), of=BUCKETS, reason=reason)
+        quiet_until = time.monotonic() + QUIET
         self._current = replace(
-            self._current, generation=generation, quiet_until=time.monotonic() + QUIET
+            self._current,
+            generations=tuple(
+                Generation(newer[bucket], quiet_until) if bucket in newer else known
+                for bucket, known in enumerate(self._current.generations)
+            ),
         )
 
-    async def recognise(self, server: str) -> None:
+    async def recognise(self, server: str, buckets: Collection[int]) -> None:
         """Make a server of Redis known; what one that is new to all may hold is left behind.
+
+        `buckets` are those of which it may hold anything.
 
         Raises:
             OSError: Postgres cannot be reached, so nobody can tell.
@@ -225,24 +276,32 @@ class StateWatcher:
         try:
             with translated():
                 async with self._engine.connect() as connection:
-                    raised = await connection.scalar(_RECOGNISE, {"server": server})
+                    rows = await connection.execute(
+                        _RECOGNISE, {"server": server, "buckets": list(buckets)}
+                    )
+                    raised = {row.bucket: row.generation for row in rows}
         except (DependencyUnavailable, Overloaded) as error:
             raise ConnectionError from error
-        if raised is None:
-            await self.look()
-        else:
+        if raised:
             self.adopt(raised, "redis_changed")
+        else:
+            await self.look()
 
-    async def leave_behind(self, generation: int, reason: str) -> None:
-        """Raise the generation above `generation`, if nobody has: what is cached is not believed.
+    async def leave_behind(self, generations: Mapping[int, int], reason: str) -> None:
+        """Raise the generations of buckets above these, where nobody has.
+
+        What is cached of these buckets is not believed any more.
 
         Raises:
             DependencyUnavailable, Overloaded
         """
         with translated():
             async with self._engine.connect() as connection:
-                await connection.execute(_RAISE, {"generation": generation})
-        self.adopt(generation + 1, reason)
+                await connection.execute(
+                    _LEAVE_BEHIND,
+                    {"buckets": list(generations), "generations": list(generations.values())},
+                )
+        self.adopt({bucket: number + 1 for bucket, number in generations.items()}, reason)
 
     async def close(self) -> None:
         """Stop watching."""

@@ -20,7 +20,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, UUID
 
-REVISION = "0003"
+REVISION = "0004"
 """The migration that makes these tables. Revisions are numbers, so that they can be compared."""
 
 metadata = MetaData(
@@ -172,6 +172,16 @@ service_state = Table(
     metadata,
     Column("id", SmallInteger, primary_key=True, autoincrement=False),
     Column("epoch", Text, nullable=False),
+    # Which servers of Redis were seen: a new one may hold what is long outdated.
+    Column("redis_servers", ARRAY(Text), nullable=False, server_default=text("'{}'")),
+    CheckConstraint("id = 1", name="one_row"),
+)
+
+cache_generations = Table(
+    "cache_generations",
+    metadata,
+    # One row for each of `buckets.BUCKETS`. Whoever raises several locks them by ascending bucket.
+    Column("bucket", SmallInteger, primary_key=True, autoincrement=False),
     # What is cached under an earlier generation is not believed; see `cache`.
     Column("generation", BigInteger, nullable=False, server_default=text("1")),
     Column(
@@ -180,7 +190,4 @@ service_state = Table(
         nullable=False,
         server_default=text("'2000-01-01 00:00:00+00'"),
     ),
-    # Which servers of Redis were seen: a new one may hold what is long outdated.
-    Column("redis_servers", ARRAY(Text), nullable=False, server_default=text("'{}'")),
-    CheckConstraint("id = 1", name="one_row"),
 )

@@ -36,6 +36,7 @@ class Users:
 
     def __init__(self, settings: Settings, documents: Documents, passwords: Passwords) -> None:
         self._password_required = settings.password_required
+        self._catalogue = settings.categories
         self._documents = documents
         self._passwords = passwords
 
@@ -51,7 +52,7 @@ class Users:
         if errors:
             raise Invalid(*errors)
         values, _ = profile_values(request)
-        choices = merge_preferences(Choices(), request.preferences)
+        choices = merge_preferences(Choices(), request.preferences, self._catalogue)
         if request.password is not None:
             values["password_hash"] = await self._passwords.hash(request.password)
         user_id = str(uuid7())
@@ -72,7 +73,7 @@ class Users:
         errors = judge_profile(request)
         if request.preferences is not UNSET:
             try:
-                merge_preferences(Choices(), request.preferences)
+                merge_preferences(Choices(), request.preferences, self._catalogue)
             except RuleViolation as violation:
                 errors += [
                     FieldError(field=f"preferences.{detail.field}", message=detail.message)

@@ -1,0 +1,59 @@
+"""Owns the command line: which benchmarks there are, and in what order they run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeAlias
+
+from benchmarks import client_cached, client_many, client_uncached, start
+from benchmarks.budgets import Budget
+from benchmarks.report import as_json, as_table, machine
+from benchmarks.surroundings import Surroundings
+
+RESULTS = Path(__file__).with_name("results") / "latest.json"
+
+Benchmark: TypeAlias = Callable[[Surroundings], list[Budget]]
+
+# A benchmark is a function that is given what it may start or use, and returns the budgets that it
+# has measured. Those of the server (budgets 1 to 8, and 12) are to be put in here.
+BENCHMARKS: dict[str, Benchmark] = {
+    "client-cached": client_cached.measure,
+    "client-uncached": client_uncached.measure,
+    "client-many": client_many.measure,
+    "start": start.measure,
+}
+
+
+def main() -> int:
+    """Run the benchmarks that are named, or all; returns 1 if a budget is not met."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="name", help=", ".join(BENCHMARKS))
+    parser.add_argument("--json", type=Path, default=RESULTS, help="where the results go")
+    arguments = parser.parse_args()
+    names: list[str] = arguments.names or list(BENCHMARKS)
+    if unknown := set(names) - set(BENCHMARKS):
+        parser.error(f"no such benchmark: {', '.join(sorted(unknown))}")
+
+    began, load = datetime.now(UTC), os.getloadavg()
+    budgets: list[Budget] = []
+    with Surroundings() as surroundings:
+        for name in names:
+            started = time.monotonic()
+            budgets += BENCHMARKS[name](surroundings)
+            print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    budgets.sort(key=lambda budget: budget.number)
+    print(f"{machine()}, load before {load[0]:.1f} and after {os.getloadavg()[0]:.1f}\n")
+    print(as_table(budgets))
+    arguments.json.parent.mkdir(exist_ok=True)
+    arguments.json.write_text(as_json(budgets, began, (load[0], os.getloadavg()[0])))
+    return not all(budget.met for budget in budgets)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What the budgets are compared with, as a competent engineer uses it."""

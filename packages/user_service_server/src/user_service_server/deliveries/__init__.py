@@ -1,0 +1,1 @@
+"""May a message go to a user now?"""
