@@ -165,6 +165,26 @@ async def test_who_reads_after_a_new_epoch_does_not_join_a_read_from_before(
     await reader
 
 
+async def test_a_new_epoch_does_not_bring_back_what_was_overtaken_before_it(
+    network: Network, live: UserServiceClient
+) -> None:
+    """It makes floors mean nothing; the answer that is below one is on its way all the same."""
+    user, other = network.fake.user(), network.fake.user()
+    await live.users.get(other.id)
+    held = network.hold("users.get")
+    reader = asyncio.create_task(live.users.get(user.id))
+    await held.arrived()
+    changed = network.fake.update_preferences(user.id, push=False)
+    await network.fake.clock.advance(0)
+    late = asyncio.create_task(live.users.get(user.id))
+    await network.fake.clock.advance(0)
+    network.fake.renew_epoch()
+    await live.users.get_with_etag(other.id)
+    held.release()
+    assert await late == changed
+    await reader
+
+
 async def test_silence_is_taken_for_the_end(network: Network, live: UserServiceClient) -> None:
     """A connection over which nothing comes, not even heartbeats: `SILENCE` is 45 s."""
     user = await live.users.get(network.fake.user().id)
