@@ -185,6 +185,28 @@ async def test_a_new_epoch_does_not_bring_back_what_was_overtaken_before_it(
     await reader
 
 
+async def test_what_a_server_that_lags_says_when_the_stream_begins_is_not_covered_by_it(
+    network: Network,
+) -> None:
+    """The stream tells of changes from its beginning on; what was read then may be from before."""
+    user = network.fake.user()
+    network.lag(user)
+    changed = network.fake.update_preferences(user.id, push=False)
+    made = UserServiceClient(
+        "http://users.test", transport=network, clock=network.fake.clock, live=True
+    )
+    async with made as client:
+        await network.fake.clock.advance(0)
+        assert is_complete(client)
+        assert await client.users.get(user.id) == user
+        network.catch_up()
+        await network.fake.clock.advance(31)
+        assert is_complete(client)
+        await client.users.get(user.id)
+        await network.fake.clock.advance(0)
+        assert await client.users.get(user.id) == changed
+
+
 async def test_silence_is_taken_for_the_end(network: Network, live: UserServiceClient) -> None:
     """A connection over which nothing comes, not even heartbeats: `SILENCE` is 45 s."""
     user = await live.users.get(network.fake.user().id)
