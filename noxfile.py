@@ -95,6 +95,7 @@ def types(session: nox.Session) -> None:
     """Check the types of packages, tests, benchmarks and this file."""
     _install(session, *EDITABLE, *_group("types"))
     session.run("mypy")
+    session.run("basedpyright")
 
 
 @nox.session

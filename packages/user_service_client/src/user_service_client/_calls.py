@@ -331,7 +331,8 @@ class Calls:
                 if self._api_key is not None and "Authorization" not in headers:
                     headers = headers.copy()
                     headers["Authorization"] = f"Bearer {await self._key(self._api_key)}"
-                with self._tracing.attempt(call.operation, run.attempts, headers) as told:
+                number = run.attempts
+                with self._tracing.attempt(call.operation, number, call.method, headers) as told:
                     request = self._request(call, headers, limit)
                     reply = await self._transport.send(request, attempt)
                     told(reply.status)

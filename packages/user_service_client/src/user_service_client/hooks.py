@@ -129,7 +129,7 @@ class Tracing(Protocol):
         """Return what a call is made in."""
 
     def attempt(
-        self, operation: str, number: int, headers: MutableMapping[str, str]
+        self, operation: str, number: int, method: str, headers: MutableMapping[str, str]
     ) -> AbstractContextManager[Callable[[int], None]]:
         """Return what an attempt is made in: it takes the status, and may add headers."""
 
@@ -145,7 +145,7 @@ class NoTracing:
         return self._nothing
 
     def attempt(
-        self, _operation: str, _number: int, _headers: MutableMapping[str, str]
+        self, _operation: str, _number: int, _method: str, _headers: MutableMapping[str, str]
     ) -> AbstractContextManager[Callable[[int], None]]:
         """Return what does nothing."""
         return self._no_status

@@ -4,8 +4,8 @@
 
     client = UserServiceClient(url, tracing=OpenTelemetryTracing())
 
-Attributes are those of the semantic conventions for HTTP client spans. What is answered from the
-client's own copies makes no span.
+Attributes are those of the semantic conventions for HTTP client spans, without the address: that
+has ids in it. What is answered from the client's own copies makes no span.
 """
 
 from __future__ import annotations
@@ -35,12 +35,14 @@ class OpenTelemetryTracing:
 
     @contextmanager
     def attempt(
-        self, operation: str, number: int, headers: MutableMapping[str, str]
+        self, operation: str, number: int, method: str, headers: MutableMapping[str, str]
     ) -> Iterator[Callable[[int], None]]:
         """Return the span of an attempt."""
         attributes: dict[str, str | int] = {
             "user_service.operation": operation,
+            "http.request.method": method,
             "http.request.resend_count": number - 1,
+            "server.address": headers["Host"].rpartition(":")[0] or headers["Host"],
         }
         with self._tracer.start_as_current_span(
             f"user_service {operation} attempt", kind=SpanKind.CLIENT, attributes=attributes
@@ -50,6 +52,7 @@ class OpenTelemetryTracing:
             def told(status: int) -> None:
                 span.set_attribute("http.response.status_code", status)
                 if status >= 400:
+                    span.set_attribute("error.type", str(status))
                     span.set_status(Status(StatusCode.ERROR))
 
             yield told
