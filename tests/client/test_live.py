@@ -28,6 +28,10 @@ def stream_of(client: UserServiceClient) -> StreamState:
     return client.status.stream
 
 
+def is_complete(client: UserServiceClient) -> bool:
+    return client.status.is_complete
+
+
 async def test_a_change_ends_a_copy_and_the_next_read_waits(
     network: Network, live: UserServiceClient
 ) -> None:
@@ -46,12 +50,12 @@ async def test_states_of_a_stream_that_is_cut(network: Network) -> None:
         await network.fake.clock.advance(0)
         assert stream_of(client) is StreamState.INTERRUPTED
         assert client.status.since == network.fake.clock.now()
-        assert not client.status.is_complete
+        assert not is_complete(client)
         await network.fake.clock.advance(1)
         assert stream_of(client) is StreamState.LIVE
-        assert client.status.is_complete
+        assert is_complete(client)
     assert stream_of(client) is StreamState.OFF
-    assert not client.status.is_complete
+    assert not is_complete(client)
     assert [event.state for event in events] == [
         StreamState.INITIALIZING,
         StreamState.LIVE,
@@ -161,6 +165,48 @@ async def test_who_reads_after_a_new_epoch_does_not_join_a_read_from_before(
     await reader
 
 
+async def test_a_new_epoch_does_not_bring_back_what_was_overtaken_before_it(
+    network: Network, live: UserServiceClient
+) -> None:
+    """It makes floors mean nothing; the answer that is below one is on its way all the same."""
+    user, other = network.fake.user(), network.fake.user()
+    await live.users.get(other.id)
+    held = network.hold("users.get")
+    reader = asyncio.create_task(live.users.get(user.id))
+    await held.arrived()
+    changed = network.fake.update_preferences(user.id, push=False)
+    await network.fake.clock.advance(0)
+    late = asyncio.create_task(live.users.get(user.id))
+    await network.fake.clock.advance(0)
+    network.fake.renew_epoch()
+    await live.users.get_with_etag(other.id)
+    held.release()
+    assert await late == changed
+    await reader
+
+
+async def test_what_a_server_that_lags_says_when_the_stream_begins_is_not_covered_by_it(
+    network: Network,
+) -> None:
+    """The stream tells of changes from its beginning on; what was read then may be from before."""
+    user = network.fake.user()
+    network.lag(user)
+    changed = network.fake.update_preferences(user.id, push=False)
+    made = UserServiceClient(
+        "http://users.test", transport=network, clock=network.fake.clock, live=True
+    )
+    async with made as client:
+        await network.fake.clock.advance(0)
+        assert is_complete(client)
+        assert await client.users.get(user.id) == user
+        network.catch_up()
+        await network.fake.clock.advance(31)
+        assert is_complete(client)
+        await client.users.get(user.id)
+        await network.fake.clock.advance(0)
+        assert await client.users.get(user.id) == changed
+
+
 async def test_silence_is_taken_for_the_end(network: Network, live: UserServiceClient) -> None:
     """A connection over which nothing comes, not even heartbeats: `SILENCE` is 45 s."""
     user = await live.users.get(network.fake.user().id)
@@ -169,10 +215,10 @@ async def test_silence_is_taken_for_the_end(network: Network, live: UserServiceC
     changed = network.fake.update_preferences(user.id, push=False)
     await network.fake.clock.advance(44)
     assert stream_of(live) is StreamState.LIVE
-    assert not live.status.is_complete
+    assert not is_complete(live)
     await network.fake.clock.advance(2.5)
     assert stream_of(live) is StreamState.LIVE
-    assert live.status.is_complete
+    assert is_complete(live)
     assert await live.users.get(user.id) == changed
 
 
@@ -186,7 +232,7 @@ async def test_reconnects_are_further_and_further_apart(
     assert 600 / 30 <= attempts <= 10 + 600 / 15
     network.fake.accept_connections()
     await network.fake.clock.advance(30)
-    assert live.status.is_complete
+    assert is_complete(live)
 
 
 async def test_a_stream_that_is_refused_is_told_of(

@@ -597,8 +597,12 @@ class DocumentCache:
         user = fetched.user
         may_keep = self._may_keep(user.id, asked)
         entry = self._copy(fetched, asked.at)
-        if not fetched.epoch or not self._is_current_epoch(fetched.epoch):
-            return entry  # the latter of a server that has not heard of the new epoch yet
+        if not fetched.epoch:
+            return entry
+        if not self._is_current_epoch(fetched.epoch):
+            # Of a server that has not heard of the new epoch yet. If this client had not when it
+            # asked, the answer may be below a floor of the epoch before: those are forgotten.
+            return entry if may_keep else None
         if user.version < self.floor(user.id):
             return None
         held = self._entries.get(user.id)
