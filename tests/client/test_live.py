@@ -222,6 +222,22 @@ async def test_silence_is_taken_for_the_end(network: Network, live: UserServiceC
     assert await live.users.get(user.id) == changed
 
 
+async def test_a_change_that_cannot_be_read_marks_all_copies_and_is_passed_over(
+    network: Network, live: UserServiceClient
+) -> None:
+    """Of a newer service: asking for the same again would tell no more, and never be live again."""
+    user = await live.users.get(network.fake.user().id)
+    await network.fake.clock.advance(3)
+    feed = network.fake._directory.feed
+    (stream,) = feed._streams
+    stream.put(f"id: {feed._end}\nevent: change\ndata: {{}}\n\n".encode())
+    await network.fake.clock.advance(0)
+    assert stream_of(live) is StreamState.LIVE
+    network.fake.requests.clear()
+    assert await live.users.get(user.id) == user
+    assert [request.operation for request in network.fake.requests] == ["users.get"]
+
+
 async def test_reconnects_are_further_and_further_apart(
     network: Network, live: UserServiceClient
 ) -> None:

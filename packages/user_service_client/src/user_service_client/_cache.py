@@ -14,6 +14,7 @@ import math
 import random
 import re
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -432,14 +433,17 @@ class DocumentCache:
         return found
 
     def _make_do(self, ids: Sequence[str], error: UserServiceError, wish: Wish) -> Found:
-        """Return copies where the service could not be reached; raises the error without them."""
+        """Return copies where the service could not be reached; raises the error without them.
+
+        A copy of it: all who waited are raised it, and each adds to its traceback.
+        """
         if wish.use is Use.CRITICAL or not is_outage(error):
-            raise error
+            raise copy(error) from error.__cause__
         found: Found = {}
         for user_id in ids:
             entry = self._entries.get(user_id)
             if entry is None or self.age(entry) > self._allowed(wish):
-                raise error
+                raise copy(error) from error.__cause__
             found[user_id] = entry
         self._count_stale(len(found))
         return found

@@ -177,9 +177,7 @@ class LiveUpdates:
 
     def _take(self, event: Event) -> None:
         if event.name == "change":
-            change = _decode_change(event.data)
-            epoch, _, _ = change.position.partition(".")
-            self._cache.heard_of(change.user_id, change.version, epoch)
+            self._take_change(event)
         elif event.name in {"heartbeat", "ready"}:
             heartbeat = _decode_heartbeat(event.data)
             if event.name == "ready":
@@ -193,6 +191,16 @@ class LiveUpdates:
             self._cursor = event.id
         if self._state is not StreamState.LIVE:
             self._come_to(StreamState.LIVE, event.name)
+
+    def _take_change(self, event: Event) -> None:
+        try:
+            change = _decode_change(event.data)
+        except msgspec.MsgspecError:
+            # Of a newer service: whom it is about is not known, and asking again tells no more.
+            self._reset(event.id, "unreadable")
+            return
+        epoch, _, _ = change.position.partition(".")
+        self._cache.heard_of(change.user_id, change.version, epoch)
 
     def _hear_of_epoch(self, cursor: str) -> None:
         epoch, dot, _ = cursor.partition(".")
