@@ -92,7 +92,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Check the types of packages, tests, benchmarks and this file."""
+    """Check the types of packages, examples, tests, benchmarks and this file."""
     _install(session, *EDITABLE, *_group("types"))
     session.run("mypy")
     session.run("basedpyright")
