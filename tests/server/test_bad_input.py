@@ -37,6 +37,8 @@ PREFERENCES = "/api/v1/users/{user}/preferences"
 HISTORY = "/api/v1/users/{user}/preferences/history"
 DEVICES = "/api/v1/users/{user}/devices"
 DEVICE = "/api/v1/users/{user}/devices/{device}"
+SUPPRESSION = "/api/v1/users/{user}/suppression"
+FEEDBACK = "/api/v1/feedback"
 PASSWORD = "/api/v1/users/{user}/password"
 
 JANE = {"name": "Jane Roe", "email": "jane@example.com", "password": "Strong-Pass-123!"}
@@ -394,6 +396,69 @@ def devices() -> Iterable[Bad]:
     )
 
 
+def reports() -> Iterable[Bad]:
+    at = "2026-05-06T07:08:09Z"
+    push = {"channel": "push", "token": "fcm_token_of_nobody", "reason": "unregistered", "at": at}
+    email = {
+        "channel": "email",
+        "address": "ferdinand@example.com",
+        "reason": "hard_bounce",
+        "at": at,
+    }
+    yield from invalid(
+        "POST",
+        FEEDBACK,
+        {},
+        ("items left out", {}, {"items"}),
+        ("items null", {"items": None}, {"items"}),
+        ("items an object", {"items": push}, {"items"}),
+        ("items too many", {"items": [push] * 1001}, {"items"}),
+        ("item null", {"items": [push, None]}, {"items[1]"}),
+        ("unknown field", {"items": [], "caller": "Ferdinand"}, {"caller"}),
+    )
+    # Beside an item of the other channel, which is right.
+    for right, sent, rows in (
+        (
+            email,
+            push,
+            (
+                ("channel left out", {"channel": ...}, {"channel"}),
+                ("channel unknown", {"channel": "carrier pigeon"}, {"channel"}),
+                ("token left out", {"token": ...}, {"token"}),
+                ("token empty", {"token": ""}, {"token"}),
+                ("token too long", {"token": "fcm_" * 1024 + "x"}, {"token"}),
+                ("token with NUL", {"token": "fcm_\x00token"}, {"token"}),
+                ("reason left out", {"reason": ...}, {"reason"}),
+                ("reason of the other channel", {"reason": "hard_bounce"}, {"reason"}),
+                ("reason a provider's", {"reason": "UNREGISTERED"}, {"reason"}),
+                ("time left out", {"at": ...}, {"at"}),
+                ("time without offset", {"at": "2026-05-06T07:08:09"}, {"at"}),
+                ("time a number", {"at": 1767323045}, {"at"}),
+                ("address of a token", {"address": "ferdinand@example.com"}, {"address"}),
+                ("several", {"token": 1, "reason": 1, "at": 1}, {"token", "reason", "at"}),
+            ),
+        ),
+        (
+            push,
+            email,
+            (
+                ("address left out", {"address": ...}, {"address"}),
+                ("address without at", {"address": "ferdinand.example.com"}, {"address"}),
+                ("address with two ats", {"address": "ferdi@nand@example.com"}, {"address"}),
+                ("address too long", {"address": "f" * 250 + "@example.com"}, {"address"}),
+                ("address with NUL", {"address": "ferdi\x00nand@example.com"}, {"address"}),
+                ("address no domain", {"address": "ferdinand@example..com"}, {"address"}),
+                ("mail reason unknown", {"reason": "unregistered"}, {"reason"}),
+            ),
+        ),
+    ):
+        for what, wrong, fields in rows:
+            merged: dict[str, Any] = {**sent, **wrong}
+            item = {name: value for name, value in merged.items() if value is not ...}
+            named = {f"items[1].{name}" for name in fields}
+            yield from invalid("POST", FEEDBACK, {}, (what, {"items": [right, item]}, named))
+
+
 def passwords() -> Iterable[Bad]:
     good = "Another-Pass-456"
     yield from invalid(
@@ -427,6 +492,7 @@ WRITES = (
     ("POST", DEVICES),
     ("PATCH", DEVICE),
     ("PUT", PASSWORD),
+    ("POST", FEEDBACK),
 )
 MALFORMED = {
     "no JSON": b"name=Ferdinand",
@@ -473,7 +539,7 @@ def bodies() -> Iterable[Bad]:
             method, path, "a body that ends early", "malformed_json", body=b'{"a": ', headers=JSON
         )
         yield Bad(method, path, "a body of no type", "unsupported_media_type", body=b"{}")
-        limit = 1024 * KIB if path == BATCH else 64 * KIB
+        limit = {BATCH: 1024 * KIB, FEEDBACK: 8192 * KIB}.get(path, 64 * KIB)
         huge = b'{"a": "%b"}' % (b"x" * (limit - 8))
         assert len(huge) == limit + 1
         yield Bad(method, path, "one byte too large", "body_too_large", body=huge, headers=JSON)
@@ -514,6 +580,7 @@ REQUIRED = {
     ("POST", DEVICES): {"token", "platform"},
     ("PATCH", DEVICE): {"active"},
     ("PUT", PASSWORD): {"password"},
+    ("POST", FEEDBACK): {"items"},
 }
 OF_A_USER: tuple[tuple[str, str, bytes | None], ...] = (
     ("GET", USER, None),
@@ -529,6 +596,7 @@ OF_A_USER: tuple[tuple[str, str, bytes | None], ...] = (
     ("PATCH", DEVICE, b'{"active": true}'),
     ("DELETE", DEVICE, None),
     ("PUT", PASSWORD, b'{"password": "Another-Pass-456"}'),
+    ("DELETE", SUPPRESSION, None),
 )
 
 
@@ -646,6 +714,7 @@ TABLE = [
         batches,
         preferences,
         devices,
+        reports,
         passwords,
         bodies,
         ids,
@@ -754,6 +823,8 @@ async def test_the_ends_of_the_calendar_are_refused_or_kept_as_they_are(
     [
         pytest.param(BATCH, {"ids": [1] * 50_000}, id="ids of a wrong type"),
         pytest.param(BATCH, {"ids": ["\x00"] * 50_000}, id="ids of control characters"),
+        pytest.param(FEEDBACK, {"items": [1] * 50_000}, id="items of a wrong type"),
+        pytest.param(FEEDBACK, {"items": [{"channel": "push"}] * 900}, id="items without fields"),
         pytest.param(USERS, {f"f{i}": 1 for i in range(5_000)}, id="unknown fields"),
     ],
 )

@@ -137,10 +137,21 @@ class Routes:
             "register_device": {"token": str(uuid4()), "platform": "web"},
             "update_device": {"active": False},
             "delete_device": None,
+            "restore_address": None,
+            "report_feedback": {
+                "items": [
+                    {
+                        "channel": "push",
+                        "token": str(uuid4()),
+                        "reason": "expired",
+                        "at": "2026-01-02T03:04:05Z",
+                    }
+                ]
+            },
         }
 
 
-READING = {"lookup_users", "batch_users"}
+READING = {"lookup_users", "batch_users", "resolve_deliveries"}
 """Operations that are sent by POST and write nothing."""
 
 

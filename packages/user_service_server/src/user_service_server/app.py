@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import UTC, datetime
 from importlib.metadata import version
 
 import prometheus_client
@@ -21,6 +22,9 @@ from .deliveries.routes import deliveries_router
 from .deliveries.service import Deliveries
 from .devices.routes import devices_router
 from .devices.service import Devices
+from .devices.sweeps import Sweeps, is_night
+from .feedback.routes import feedback_router
+from .feedback.service import Feedback
 from .health.routes import health_router, metrics_router
 from .http.bodies import MAX_BODY, StrictBody
 from .http.docs import get_docs_file, get_openapi, show_docs
@@ -76,15 +80,19 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
     preferences = PreferenceCenter(settings, database, documents)
     devices = Devices(settings, database, documents)
     deliveries = Deliveries(settings, documents)
+    feedback = Feedback(settings, documents, metrics)
+    sweeps = Sweeps(settings, database, documents)
 
     feed = ChangeFeed(settings, database, state, metrics)
-    upkeep = Upkeep(
-        {
-            "changes": feed.prune,
-            "recorded_answers": idempotency.prune,
-            "devices": devices.prune,
-        }
-    )
+    jobs = {
+        "changes": feed.prune,
+        "recorded_answers": idempotency.prune,
+        "devices": devices.prune,
+    }
+    if settings.device_stale_days:
+        zone = settings.default_timezone
+        jobs["stale_devices"] = lambda: sweeps.nightly(is_night(datetime.now(UTC), zone))
+    upkeep = Upkeep(jobs)
 
     metrics.redis_reachable.set_function(lambda: link.reachable)
     metrics.postgres_reachable.set_function(lambda: database.reachable)
@@ -123,6 +131,7 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
             devices_router(devices, documents, idempotency),
             credentials_router(credentials, idempotency),
             deliveries_router(deliveries),
+            feedback_router(feedback, documents, idempotency),
             changes_router(feed, settings, draining, metrics),
         ],
     )
@@ -146,6 +155,32 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
     # Around the router, so that what no route was found for is observed, too.
     app.asgi_handler = Observation(app.asgi_handler, metrics)
     return app
+
+
+@asynccontextmanager
+async def opened_sweeps(settings: Settings) -> AsyncIterator[Sweeps]:
+    """Give a command the sweeps over all devices, with a cache that hears of what it writes.
+
+    Raises:
+        DependencyUnavailable: Postgres did not come, or nobody migrated it.
+    """
+    metrics = Metrics()
+    database = Database(settings)
+    state = StateWatcher(settings, database, metrics)
+    link = RedisLink(settings, state.recognise)
+    shape = DocumentShape(settings)
+    cache = DocumentCache(
+        link, state, document_format=shape.format, ttl=settings.cache_ttl, metrics=metrics
+    )
+    documents = Documents(database, state, cache, shape)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(link.close)
+        stack.push_async_callback(database.close)
+        stack.push_async_callback(state.close)
+        stack.push_async_callback(documents.close)
+        await state.start(settings.startup_timeout)
+        await link.start(REDIS_PATIENCE)
+        yield Sweeps(settings, database, documents)
 
 
 async def _end_streams(feed: ChangeFeed, draining: asyncio.Event) -> None:

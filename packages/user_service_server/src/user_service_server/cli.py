@@ -1,13 +1,16 @@
-"""Owns the commands: serve, dev, migrate, epoch, settings."""
+"""Owns the commands: serve, dev, migrate, devices, epoch, settings."""
 
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 import uvloop
@@ -23,6 +26,9 @@ from user_service_server.settings import (
     hide_password,
     load_settings,
 )
+
+if TYPE_CHECKING:
+    from user_service_server.devices.sweeps import Step, Sweeps
 
 # ruff: noqa: PLC0415
 # The tables and the application are imported by the commands that need them: `settings` and
@@ -145,6 +151,100 @@ def renew() -> None:
 
     settings = load_settings(os.environ, _DOTENV)
     print(asyncio.run(renew_epoch(settings)))
+
+
+def _age(text: str) -> timedelta:
+    """Read a number of days, such as `270d`."""
+    found = re.fullmatch(r"([1-9][0-9]{0,3})d", text)
+    if found is None:
+        raise click.BadParameter("Expected a number of days, such as 270d.")
+    return timedelta(days=int(found[1]))
+
+
+def _instant(text: str) -> datetime:
+    """Read a time with its offset (RFC 3339)."""
+    with contextlib.suppress(ValueError):
+        instant = datetime.fromisoformat(text)
+        if instant.tzinfo is not None and 1970 <= instant.year < 9999:
+            return instant.astimezone(UTC)
+    raise click.BadParameter("Expected a time with its offset, such as 2026-01-02T03:04:05Z.")
+
+
+@commands.group()
+def devices() -> None:
+    """The devices of all users."""
+
+
+@devices.command()
+@click.option(
+    "--older-than", type=_age, metavar="DAYS", required=True, help="Not seen for so long: 270d."
+)
+def prune(older_than: timedelta) -> None:
+    """Deactivate the devices that were not seen for long (reason: stale)."""
+
+    async def work(sweeps: "Sweeps") -> None:
+        now = await sweeps.now()
+        done = await _show_steps(sweeps, "Pruning", sweeps.prune(now - older_than))
+        print(f"Deactivated {done.changed} devices of {done.users} users.")
+
+    _sweep(work)
+
+
+@devices.command()
+@click.option(
+    "--since", type=_instant, metavar="TIME", required=True, help="Deactivated then or later."
+)
+@click.option(
+    "--reason",
+    type=click.Choice(["unregistered", "expired", "stale"]),
+    required=True,
+    help="Deactivated for this reason.",
+)
+def reactivate(since: datetime, reason: str) -> None:
+    """Undo what feedback or prune has done wrongly: activate the devices again."""
+
+    async def work(sweeps: "Sweeps") -> None:
+        steps = sweeps.reactivate(since, reason)
+        done = await _show_steps(sweeps, "Reactivating", steps)
+        print(f"Reactivated {done.changed} devices of {done.users} users.")
+        if done.left:
+            print(f"{done.left} stay inactive: their users have as many as may be active.")
+
+    _sweep(work)
+
+
+class _Done(NamedTuple):
+    changed: int
+    users: int
+    left: int
+
+
+async def _show_steps(sweeps: "Sweeps", label: str, steps: "AsyncIterator[Step]") -> _Done:
+    """Do the steps, with a bar on standard error if that is a terminal; returns what was done."""
+    changed = users = left = 0
+    with click.progressbar(
+        length=await sweeps.estimate(),
+        label=label,
+        file=sys.stderr,
+        hidden=not sys.stderr.isatty(),
+    ) as bar:
+        async for step in steps:
+            bar.update(step.seen)
+            changed, users, left = changed + step.changed, users + step.users, left + step.left
+    return _Done(changed, users, left)
+
+
+def _sweep(work: "Callable[[Sweeps], Coroutine[None, None, None]]") -> None:
+    from user_service_server.app import opened_sweeps
+
+    settings = load_settings(os.environ, _DOTENV)
+    _configure_logs(settings)
+
+    async def run() -> None:
+        async with opened_sweeps(settings) as sweeps:
+            await work(sweeps)
+
+    asyncio.run(run())
 
 
 @commands.command("settings")

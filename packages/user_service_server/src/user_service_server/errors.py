@@ -96,6 +96,14 @@ class IdempotencyKeyReused(ServiceError):
     message = "This Idempotency-Key was used for another request."
 
 
+class RateLimited(ServiceError):
+    code = ErrorCode.RATE_LIMITED
+    message = "Too much at once. Try again later."
+
+    def __init__(self, *, retry_after: int, message: str | None = None) -> None:
+        super().__init__(message=message, headers=[("Retry-After", str(retry_after))])
+
+
 class DependencyUnavailable(ServiceError):
     code = ErrorCode.DEPENDENCY_UNAVAILABLE
     message = "The service cannot reach its database right now. Try again."

@@ -58,6 +58,18 @@ class Metrics:
             "Writes that were answered with what was recorded.",
             registry=self.registry,
         )
+        self.feedback = Counter(
+            "user_service_feedback",
+            "Reports of senders: applied, ignored (seen since, known, or to be counted only),"
+            " unknown.",
+            ["channel", "reason", "result"],
+            registry=self.registry,
+        )
+        self.feedback_braked = Counter(
+            "user_service_feedback_braked",
+            "Reports of senders that FEEDBACK_MAX_PER_HOUR stopped.",
+            registry=self.registry,
+        )
         self.feed_position = Gauge(
             "user_service_feed_position",
             "The last position of the change feed that this process has seen.",

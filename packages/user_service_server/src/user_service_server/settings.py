@@ -80,6 +80,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     device_retention_days: Annotated[
         int, Meta(ge=1, le=3650, description="days until an inactive device is erased")
     ] = 30
+    device_stale_days: Annotated[
+        int,
+        Meta(ge=0, le=3650, description="days unseen until a device is deactivated; 0: never"),
+    ] = 0
+    feedback_max_per_hour: Annotated[
+        int,
+        Meta(ge=1, le=10**9, description="reports of one caller that may take effect in an hour"),
+    ] = 10_000
     database_pool_size: Annotated[
         int, Meta(ge=1, le=1000, description="connections to PostgreSQL of this process")
     ] = 10

@@ -1,4 +1,4 @@
-"""What is cleared away in the background: old changes and recorded answers."""
+"""What is cleared away in the background: old changes, recorded answers and devices."""
 
 from __future__ import annotations
 

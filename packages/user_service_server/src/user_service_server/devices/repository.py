@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
 
 from sqlalchemy import (
     ColumnElement,
@@ -20,10 +22,22 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncConnection
 from user_service_schemas import DeviceDetails, RegisterDevice
 
-from ..storage.tables import devices, users
+from ..storage.document import is_one_of
+from ..storage.tables import devices, service_state, users
 
 MAX_DEVICES = 100
 """The most devices a user has, inactive ones included."""
+
+
+_SWEEPER = 0x75737377  # "ussw": one process at a time
+_TRY_SWEEP = text(f"SELECT pg_try_advisory_xact_lock({_SWEEPER})")
+_ESTIMATE = text("SELECT greatest(reltuples, 0) FROM pg_class WHERE oid = to_regclass('devices')")
+_SWITCH_OFF = text("""
+    UPDATE devices
+    SET active = false, inactive_reason = off.reason, deactivated_at = clock_timestamp()
+    FROM unnest(CAST(:ids AS uuid[]), CAST(:reasons AS text[])) AS off (id, reason)
+    WHERE devices.id = off.id
+""")
 
 
 async def touch(
@@ -168,6 +182,12 @@ async def set_active(connection: AsyncConnection, device_id: str, active: bool) 
     return switched.one()
 
 
+async def switch_off(connection: AsyncConnection, reasons: Mapping[str, str]) -> None:
+    """Switch off locked devices, each for its reason."""
+    ids, said = list(reasons), list(reasons.values())
+    await connection.execute(_SWITCH_OFF, {"ids": ids, "reasons": said})
+
+
 async def delete_device(connection: AsyncConnection, device_id: str) -> None:
     """Delete a device of a locked user."""
     await connection.execute(delete(devices).where(devices.c.id == device_id))
@@ -218,6 +238,138 @@ async def prune_all(connection: AsyncConnection, retention_days: int, limit: int
 def _is_old(retention_days: int) -> ColumnElement[bool]:
     age = text("make_interval(days => :days)").bindparams(days=retention_days)
     return devices.c.deactivated_at < func.clock_timestamp() - age
+
+
+class Found(NamedTuple):
+    """A device of anybody."""
+
+    id: str
+    user_id: str
+
+
+class Page(NamedTuple):
+    """Some devices by ascending id: how many, and those that are wanted of them."""
+
+    seen: int
+    wanted: list[Found]
+    last: str | None
+    """The last id that was looked at; None: there are no more."""
+
+
+class Sweep(NamedTuple):
+    """How far the sweep under way is (`after`), and whether the next may begin."""
+
+    now: datetime
+    after: str | None
+    is_due: bool
+
+
+async def read_clock(connection: AsyncConnection) -> datetime:
+    """Read Postgres' clock, by which devices are seen."""
+    now: datetime = (await connection.execute(select(func.clock_timestamp()))).scalar_one()
+    return now
+
+
+async def estimate(connection: AsyncConnection) -> int:
+    """Read about how many devices there are; counting ten millions takes a second."""
+    return int(await connection.scalar(_ESTIMATE) or 0)
+
+
+def is_stale(seen_before: datetime) -> ColumnElement[bool]:
+    """Select active devices that were not seen since."""
+    return and_(devices.c.active, devices.c.last_seen_at < seen_before)
+
+
+def is_off(reason: str, since: datetime) -> ColumnElement[bool]:
+    """Select devices that were deactivated since, for this reason."""
+    return and_(
+        not_(devices.c.active),
+        devices.c.inactive_reason == reason,
+        devices.c.deactivated_at >= since,
+    )
+
+
+async def read_page(
+    connection: AsyncConnection, after: str, which: ColumnElement[bool], limit: int
+) -> Page:
+    """Look at the next devices behind the id `after`, whatever is wanted: so it takes no longer."""
+    page = (
+        select(devices.c.id, devices.c.user_id, which.label("is_wanted"))
+        .where(devices.c.id > after)
+        .order_by(devices.c.id)
+        .limit(limit)
+    )
+    rows = (await connection.execute(page)).all()
+    wanted = [Found(row.id, row.user_id) for row in rows if row.is_wanted]
+    return Page(len(rows), wanted, rows[-1].id if len(rows) == limit else None)
+
+
+async def lock_devices(
+    connection: AsyncConnection, ids: Sequence[str], which: ColumnElement[bool]
+) -> list[Found]:
+    """Lock those devices of locked users that `which` still selects."""
+    rows = await connection.execute(
+        select(devices.c.id, devices.c.user_id)
+        .where(is_one_of(devices.c.id, ids), which)
+        .order_by(devices.c.id)
+        .with_for_update(key_share=True)
+    )
+    return [Found(row.id, row.user_id) for row in rows]
+
+
+async def switch_on(
+    connection: AsyncConnection,
+    user_ids: Sequence[str],
+    which: ColumnElement[bool],
+    max_active: int,
+) -> list[Found]:
+    """Activate devices of locked users again, the most recently seen first, up to `max_active`.
+
+    They keep their places in the document: nothing was registered.
+    """
+    theirs = is_one_of(devices.c.user_id, user_ids)
+    place = func.row_number().over(
+        partition_by=devices.c.user_id,
+        order_by=[devices.c.last_seen_at.desc(), devices.c.id.desc()],
+    )
+    wanted = select(devices.c.id, devices.c.user_id, place.label("place")).where(theirs, which)
+    w = wanted.cte("wanted").c
+    held = (
+        select(devices.c.user_id, func.count().label("active"))
+        .where(theirs, devices.c.active)
+        .group_by(devices.c.user_id)
+        .cte("held")
+    )
+    fitting = (
+        select(w.id)
+        .outerjoin(held, held.c.user_id == w.user_id)
+        .where(w.place + func.coalesce(held.c.active, 0) <= max_active)
+    )
+    rows = await connection.execute(
+        update(devices)
+        .where(devices.c.id.in_(fitting))
+        .values(**_activity(True))
+        .returning(devices.c.id, devices.c.user_id)
+    )
+    return [Found(row.id, row.user_id) for row in rows]
+
+
+async def take_sweep(connection: AsyncConnection) -> Sweep | None:
+    """Take the nightly sweep until the end of the transaction; None if another process has it."""
+    if not await connection.scalar(_TRY_SWEEP):
+        return None
+    now = func.clock_timestamp()
+    due = service_state.c.sweep_began_at < now - text("interval '20 hours'")
+    found = await connection.execute(
+        select(now.label("now"), service_state.c.sweep_after.label("after"), due.label("is_due"))
+    )
+    return Sweep(*found.one())
+
+
+async def note_sweep(connection: AsyncConnection, after: str | None, *, begins: bool) -> None:
+    """Note how far the sweep that was taken is; None: it is done."""
+    began = {"sweep_began_at": func.clock_timestamp()} if begins else {}
+    await connection.execute(update(service_state).values(sweep_after=after, **began))
 
 
 async def erase(connection: AsyncConnection, user_id: str) -> None:

@@ -20,6 +20,7 @@ from ..errors import Invalid, MalformedBody, UnsupportedMediaType
 KIB = 1024
 MAX_BODY = 64 * KIB
 MAX_BATCH_BODY = KIB * KIB
+MAX_FEEDBACK_BODY = 8 * KIB * KIB
 
 
 class StrictBody(AbstractDTO[Any]):

@@ -24,6 +24,7 @@ from ..storage.database import Database
 from ..storage.documents import UNRECORDED, Recorder
 from ..storage.recorded_answers import RecordedAnswer
 from .answers import JSON, NO_STORE, HTTPRequest
+from .requests import caller_of
 
 T = TypeVar("T")
 
@@ -61,7 +62,7 @@ class _Recording:
         if answer is not None:
             raise AlreadyAnswered(answer)
 
-    async def record(self, connection: AsyncConnection, user_id: str, result: Any) -> None:
+    async def record(self, connection: AsyncConnection, user_id: str | None, result: Any) -> None:
         response = self._render(result)
         answer = RecordedAnswer(
             digest=self._digest,
@@ -106,7 +107,7 @@ class Idempotency:
             raise Invalid(
                 FieldError(field=HEADER, message="Expected 1 to 255 printable characters.")
             )
-        caller = "anonymous"
+        caller = caller_of(request)
         digests = [_digest(secret, request, await request.body()) for secret in self._secrets]
         answer = await self._find(caller, key)
         if answer is None:

@@ -22,6 +22,11 @@ decode_user = msgspec.json.Decoder(User).decode
 _encode = msgspec.json.Encoder().encode
 
 
+def is_one_of(column: ColumnElement[str], ids: Sequence[str]) -> ColumnElement[bool]:
+    """Select by ids: one array, and so one statement however many they are."""
+    return column == any_(cast(list(ids), ARRAY(_ID)))
+
+
 class StoredDocument(msgspec.Struct, frozen=True, gc=False):
     """A document as it lies in the cache and goes to the socket: encoded, its version beside."""
 
@@ -117,7 +122,7 @@ class DocumentShape:
         self, connection: AsyncConnection, ids: Sequence[str]
     ) -> dict[str, Document]:
         """Read the documents of `ids`; who is not there is left out."""
-        found = await self.read(connection, users.c.id == any_(cast(ids, ARRAY(_ID))))
+        found = await self.read(connection, is_one_of(users.c.id, ids))
         return {document.user.id: document for document in found}
 
     def _document(self, row: Row[*tuple[Any, ...]]) -> Document:

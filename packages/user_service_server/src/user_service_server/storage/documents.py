@@ -17,7 +17,14 @@ from user_service_schemas import ChangeKind, User
 from ..errors import Overloaded, ServiceError, UserNotFound, VersionMismatch
 from .cache import MISS, Announcement, DocumentCache, Outcome
 from .database import TRANSACTION_TIMEOUT, Database, translated
-from .document import Document, DocumentShape, EntityTags, StoredDocument, decode_user
+from .document import (
+    Document,
+    DocumentShape,
+    EntityTags,
+    StoredDocument,
+    decode_user,
+    is_one_of,
+)
 from .state import StateWatcher
 from .tables import cache_generations, users
 
@@ -88,8 +95,11 @@ class Recorder(Protocol):
     async def open(self, connection: AsyncConnection) -> None:
         """Begin, first of all in the transaction; raises if this is a repeat."""
 
-    async def record(self, connection: AsyncConnection, user_id: str, result: Any) -> None:
-        """Keep the result, last of all before the commit."""
+    async def record(self, connection: AsyncConnection, user_id: str | None, result: Any) -> None:
+        """Keep the result, last of all before the commit.
+
+        It is forgotten with the user whom it is about; None, if it tells nothing of anybody.
+        """
 
 
 class Unrecorded:
@@ -98,7 +108,7 @@ class Unrecorded:
     async def open(self, connection: AsyncConnection) -> None:
         """Begin nothing."""
 
-    async def record(self, connection: AsyncConnection, user_id: str, result: Any) -> None:
+    async def record(self, connection: AsyncConnection, user_id: str | None, result: Any) -> None:
         """Keep nothing."""
 
 
@@ -109,7 +119,11 @@ class Write:
     """One transaction that may change users; see `Documents.write`."""
 
     def __init__(
-        self, documents: Documents, connection: AsyncConnection, user_id: str, recorder: Recorder
+        self,
+        documents: Documents,
+        connection: AsyncConnection,
+        user_id: str | None,
+        recorder: Recorder,
     ) -> None:
         self.connection = connection
         self._user_id = user_id
@@ -135,7 +149,7 @@ class Write:
         await self.announce(*user_ids)
         rows = await self.connection.execute(
             select(users)
-            .where(users.c.id.in_(user_ids), users.c.deleted_at.is_(None))
+            .where(is_one_of(users.c.id, user_ids), users.c.deleted_at.is_(None))
             .order_by(users.c.id)
             .with_for_update(key_share=True)
         )
@@ -173,6 +187,8 @@ class Write:
     @property
     def document(self) -> User:
         """The user's document as it will be committed; read when the write is concluded."""
+        if self._user_id is None:
+            raise RuntimeError("a write of no one user has no one document")
         return self._committed[self._user_id].user
 
     async def conclude(self, result: Callable[[], T]) -> T:
@@ -341,8 +357,10 @@ class Documents:
         return [document.user for document in found]
 
     @asynccontextmanager
-    async def write(self, user_id: str, recorder: Recorder = UNRECORDED) -> AsyncIterator[Write]:
-        """Run a write of a user in the one shape that writes have.
+    async def write(
+        self, user_id: str | None, recorder: Recorder = UNRECORDED
+    ) -> AsyncIterator[Write]:
+        """Run a write of a user, or of many (None), in the one shape that writes have.
 
         Begin; the block announces and locks, changes, says what `changed`, and concludes (raise
         the versions, append the changes, read the documents, record); then commit, publish.

@@ -54,9 +54,16 @@ async def try_lock(connection: AsyncConnection, caller: str, key: str) -> bool:
 
 
 async def record(
-    connection: AsyncConnection, caller: str, key: str, user_id: str, answer: RecordedAnswer
+    connection: AsyncConnection,
+    caller: str,
+    key: str,
+    user_id: str | None,
+    answer: RecordedAnswer,
 ) -> None:
-    """Keep the answer of a locked key, in place of one that is older than 24 hours."""
+    """Keep the answer of a locked key, in place of one that is older than 24 hours.
+
+    It is forgotten when `user_id` is erased; None, if it holds nothing of anybody.
+    """
     values = {
         "digest": answer.digest,
         "status": answer.status,

@@ -11,6 +11,7 @@ from sqlalchemy import (
     ForeignKey,
     Identity,
     Index,
+    Integer,
     LargeBinary,
     MetaData,
     SmallInteger,
@@ -20,7 +21,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, UUID
 
-REVISION = "0004"
+REVISION = "0005"
 """The migration that makes these tables. Revisions are numbers, so that they can be compared."""
 
 metadata = MetaData(
@@ -147,10 +148,30 @@ recorded_answers = Table(
     Column("status", SmallInteger, nullable=False),
     Column("headers", JSONB, nullable=False),
     Column("body", LargeBinary, nullable=False),
-    Column("user_id", _id(), nullable=False),
+    # Whom it is about: erasing a user erases it. Null where it holds no personal data.
+    Column("user_id", _id()),
     Column("at", _instant(), nullable=False),
     Index(None, "user_id"),
     Index(None, "at"),
+)
+
+suppressed_addresses = Table(
+    "suppressed_addresses",
+    metadata,
+    # Of the address, whoever has it now: `users.repository.email_name`.
+    Column("digest", LargeBinary, primary_key=True),
+    Column("reason", Text, nullable=False),
+    Column("at", _instant(), nullable=False),
+    # The address may be tried again; what is reported of the time before changes nothing.
+    Column("lifted_at", _instant()),
+)
+
+feedback_counts = Table(
+    "feedback_counts",
+    metadata,
+    Column("caller", _exact, primary_key=True),
+    Column("minute", _instant(), primary_key=True),
+    Column("applied", Integer, nullable=False),
 )
 
 preference_history = Table(
@@ -174,6 +195,14 @@ service_state = Table(
     Column("epoch", Text, nullable=False),
     # Which servers of Redis were seen: a new one may hold what is long outdated.
     Column("redis_servers", ARRAY(Text), nullable=False, server_default=text("'{}'")),
+    # The nightly sweep of devices: when the last one began, and how far the one under way is.
+    Column(
+        "sweep_began_at",
+        _instant(),
+        nullable=False,
+        server_default=text("'2000-01-01 00:00:00+00'"),
+    ),
+    Column("sweep_after", _id()),
     CheckConstraint("id = 1", name="one_row"),
 )
 

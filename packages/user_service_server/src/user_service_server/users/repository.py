@@ -5,21 +5,29 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, select, update
+from sqlalchemy import ColumnElement, exists, func, not_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from ..storage.tables import users
+from ..storage.tables import suppressed_addresses, users
 
 
 def email_name(email_key: str) -> bytes:
-    """Return the name under which a write locks an email."""
+    """Return the name under which a write locks an email, and a suppressed one is kept."""
     return hashlib.sha256(b"email:" + email_key.encode()).digest()
 
 
 def external_id_name(external_id: str) -> bytes:
     """Return the name under which a write locks an external id."""
     return hashlib.sha256(b"external_id:" + external_id.encode()).digest()
+
+
+def is_deliverable(email_key: str) -> ColumnElement[bool]:
+    """Whether mail to an address may be tried; stays true while its name is locked."""
+    suppressed = suppressed_addresses.c
+    return not_(
+        exists().where(suppressed.digest == email_name(email_key), suppressed.lifted_at.is_(None))
+    )
 
 
 def by_email(email_key: str) -> ColumnElement[bool]:
@@ -50,7 +58,14 @@ async def insert_user(connection: AsyncConnection, user_id: str, values: dict[st
     now = func.now()
     inserted = await connection.execute(
         insert(users)
-        .values(id=user_id, version=1, created_at=now, updated_at=now, **values)
+        .values(
+            id=user_id,
+            version=1,
+            created_at=now,
+            updated_at=now,
+            email_deliverable=is_deliverable(values["email_key"]),
+            **values,
+        )
         .on_conflict_do_nothing()
         .returning(users.c.id)
     )

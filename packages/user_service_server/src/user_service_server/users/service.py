@@ -126,9 +126,11 @@ class Users:
             fresh = {column: v for column, v in values.items() if getattr(row, column) != v}
             if fresh:
                 await _refuse_taken(write, user_id, fresh)
-                # An address that nobody complained about: suppression is by address.
-                reset = {"email_deliverable": True} if "email_key" in fresh else {}
-                await repository.update_user(write.connection, user_id, {**fresh, **reset})
+                changed: dict[str, Any] = dict(fresh)
+                if key := fresh.get("email_key"):
+                    # Suppression is by address, whoever has it.
+                    changed["email_deliverable"] = repository.is_deliverable(key)
+                await repository.update_user(write.connection, user_id, changed)
                 write.changed(user_id, ChangeKind.USER_UPDATED)
             return await write.conclude(lambda: write.document)
 

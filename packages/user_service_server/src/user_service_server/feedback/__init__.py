@@ -1,0 +1,1 @@
+"""Feedback: what providers said of tokens and addresses, and what becomes of it."""
