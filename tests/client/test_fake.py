@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -17,24 +18,28 @@ import httpx
 import pytest
 from user_service_client import (
     CategoryUpdate,
+    Channels,
     Conflict,
+    EmailFeedback,
     ErrorCode,
     MaybeProcessed,
     NotFound,
     NotSent,
     PreferencesUpdate,
+    PushFeedback,
     RateLimited,
     ServerError,
     User,
     UserServiceClient,
 )
 from user_service_client.hooks import StreamState
-from user_service_client.testing import FakeUserService, Route, VirtualClock
-from user_service_schemas import RegisterDevice
+from user_service_client.testing import Categories, FakeUserService, Route, VirtualClock
+from user_service_schemas import Catalogue, RegisterDevice
 
 from ..system.subscribers import Event, EventParser
 
 STREAM = "/api/v1/changes/stream"
+FCM_ERROR = "type.googleapis.com/google.firebase.fcm.v1.FcmError"
 
 
 @pytest.fixture
@@ -176,6 +181,121 @@ async def test_inactive_devices_are_kept_for_30_days(fake: FakeUserService) -> N
     fake.register_device(ada.id, "new")
     with pytest.raises(LookupError, match="no device"):
         fake.update_device(ada.id, ada.devices[0].id, active=True)
+
+
+# Deliveries and feedback
+
+
+async def push(client: UserServiceClient, user_id: str, at: datetime) -> None:
+    """Send, as a worker does whose gateway does not know any token."""
+    decision = await client.deliveries.resolve(user_id, channel="push")
+    gone = {"error": {"details": [{"@type": FCM_ERROR, "errorCode": "UNREGISTERED"}]}}
+    for device in decision.devices:
+        item = client.feedback.from_fcm(404, gone, token=device.token, at=at)
+        assert item is not None
+        await client.feedback.report([item])
+
+
+@pytest.mark.parametrize("late", [timedelta(0), timedelta(days=365)])
+async def test_a_dead_token_is_reported(late: timedelta) -> None:
+    """As docs/client.md shows it; a worker may as well go by the time of the machine."""
+    fake = FakeUserService(categories={"security": {"email": "required", "push": "on"}})
+    ada = fake.user(devices=[("fcm_token", "android")])
+    async with UserServiceClient("http://users", transport=fake, clock=fake.clock) as client:
+        await push(client, ada.id, fake.clock.now() + late)
+    assert [item.token for item in fake.feedback if isinstance(item, PushFeedback)] == ["fcm_token"]
+    assert fake.document(ada.id).devices == ()
+
+
+def test_an_address_is_suppressed_whoever_has_it(fake: FakeUserService) -> None:
+    fake.suppress("Ada@Example.com")
+    ada = fake.user(email="ada@example.com")
+    assert ada.email_deliverable is False
+    assert fake.update_user(ada.id, email="other@example.com").email_deliverable is True
+    assert fake.update_user(ada.id, email="ada@example.com").email_deliverable is False
+    lifted = fake.lift_suppression(ada.id)
+    assert (lifted.email_deliverable, lifted.version) == (True, 4)
+    assert fake.lift_suppression(ada.id) == lifted
+    fake.suppress("ada@example.com")
+    assert fake.document(ada.id).email_deliverable is False, "also in the same instant"
+    with pytest.raises(ValueError, match=r"items\[0\].address"):
+        fake.suppress("nonsense")
+    with pytest.raises(LookupError):
+        fake.lift_suppression(str(uuid4()))
+
+
+async def test_feedback_of_another_sender_is_heard_of(fake: FakeUserService) -> None:
+    ada = fake.user(devices=[("old", "ios"), ("new", "ios")])
+    async with UserServiceClient(
+        "http://users.test", transport=fake, clock=fake.clock, live=True
+    ) as client:
+        await fake.clock.advance(2)
+        assert len((await client.deliveries.resolve(ada.id, channel="push")).devices) == 2
+        now = fake.clock.now()
+        results = fake.report(
+            PushFeedback(token="old", reason="expired", at=now),
+            PushFeedback(token="new", reason="expired", at=now - timedelta(hours=1)),
+            EmailFeedback(address=ada.email, reason="complaint", at=now),
+        )
+        assert [one.result for one in results] == ["applied", "ignored", "applied"]
+        await fake.clock.advance(0)
+        decision = await client.deliveries.resolve(ada.id, channel="push")
+        assert [device.token for device in decision.devices] == ["new"]
+        assert (await client.deliveries.resolve(ada.id, channel="email")).version == 4
+    assert fake.feedback == [], "what the fake was told is not what was reported to it"
+
+
+async def test_decisions_are_of_the_time_of_the_fakes_clock(
+    fake: FakeUserService, raw: httpx.AsyncClient
+) -> None:
+    ada = fake.user(
+        preferences=PreferencesUpdate(quiet_hours_start="11:00", quiet_hours_end="13:00")
+    )
+    asked = {"channel": "email", "user_ids": [ada.id]}
+    for hours, decided in ((0, "defer"), (1, "allow"), (22, "defer")):
+        await fake.clock.advance(hours * 3600)
+        (decision,) = (await raw.post("/api/v1/deliveries/resolve", json=asked)).json()["data"]
+        assert decision["decision"] == decided
+
+
+CATALOGUE = {"news": {"email": "off", "push": "on"}}
+
+
+@pytest.mark.parametrize(
+    "said", [CATALOGUE, json.dumps(CATALOGUE), Catalogue.parse(json.dumps(CATALOGUE))]
+)
+def test_a_catalogue_as_the_setting_says_it(said: Categories) -> None:
+    fake = FakeUserService(categories=said)
+    ada = fake.user()
+    assert ada.preferences.categories == {"news": Channels(email=False, push=True)}
+    with pytest.raises(ValueError, match="sport: This category is not known"):
+        fake.update_preferences(ada.id, categories={"sport": CategoryUpdate(email=True)})
+
+
+def test_a_catalogue_that_is_none_is_the_tests_mistake() -> None:
+    with pytest.raises(ValueError, match=r"news\.push: Expected one of on, off, required"):
+        FakeUserService(categories='{"news": {"email": "on"}}')
+
+
+async def test_another_catalogue_makes_other_documents(
+    fake: FakeUserService, raw: httpx.AsyncClient
+) -> None:
+    ada = fake.user(preferences=PreferencesUpdate(categories={"news": CategoryUpdate(email=False)}))
+    before = (await raw.get(path_of(ada))).headers["etag"]
+    fake.use_categories({"news": {"email": "required", "push": "off"}})
+    answer = await raw.get(path_of(ada), headers={"If-None-Match": before})
+    assert answer.status_code == 200
+    shown = answer.json()["data"]["preferences"]["categories"]
+    assert shown == {"news": {"email": True, "push": False, "required": ["email"]}}
+    fake.use_categories(None)
+    assert fake.document(ada.id) == ada, "what was said is kept"
+
+
+async def test_bad_bodies_are_judged_by_the_fakes_settings() -> None:
+    fake = FakeUserService(password_required=False)
+    async with httpx.AsyncClient(transport=fake, base_url="http://users.test") as raw:
+        answer = await raw.post("/api/v1/users", json={"name": 1, "email": "ada@example.com"})
+    assert [one["field"] for one in answer.json()["error"]["details"]] == ["name"]
 
 
 # Faults

@@ -8,6 +8,8 @@ from typing import Any
 import httpx
 
 USERS = "/api/v1/users"
+RESOLVE = "/api/v1/deliveries/resolve"
+FEEDBACK = "/api/v1/feedback"
 PASSWORD = "Ladder-Onion-42"
 NOBODY = "01a205c7-a743-7a16-a135-c839ba84936e"
 

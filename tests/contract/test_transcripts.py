@@ -11,8 +11,10 @@ from typing import Any
 import httpx
 import pytest
 from user_service_client.testing import FakeUserService
+from user_service_server.app import create_app
 
-from .people import NOBODY, PASSWORD, USERS
+from ..engines import settings_for
+from .people import FEEDBACK, NOBODY, PASSWORD, RESOLVE, USERS
 
 Ask = Callable[..., Awaitable[httpx.Response]]
 """Takes a method, a path and httpx's keywords; what it is answered is compared."""
@@ -263,6 +265,127 @@ async def devices(ask: Ask) -> None:
     await ask("GET", f"{USERS}/{NOBODY}/devices")
 
 
+async def deliveries(ask: Ask) -> None:
+    """What senders are answered, and what they must not ask."""
+    said = {
+        "quiet_hours_start": "22:00",
+        "quiet_hours_end": "02:30",
+        "timezone": "Europe/Warsaw",
+        "categories": {"news": {"email": False}},
+    }
+    ada = await _someone(ask, "ada@deliveries.example.com", preferences=said)
+    bob = await _someone(ask, "bob@deliveries.example.com", preferences={"push": False})
+    for token in ({"token": "d-1", "platform": "ios", "app": "shop"}, {"token": "d-2"}):
+        await ask("POST", f"{USERS}/{ada}/devices", json={"platform": "web"} | token)
+    everybody = {"user_ids": [ada, NOBODY, bob, ada.upper()], "at": "2030-03-30T22:30:00Z"}
+    fields: dict[str, Any]
+    for channel in ("email", "push"):
+        for fields in (
+            {},
+            {"explain": True},
+            {"category": "news", "explain": True},
+            {"category": "news", "priority": "critical", "explain": True},
+            {"priority": "urgent", "app": "shop", "explain": True},
+            {"app": "bank", "explain": True},
+            {"at": "2030-03-30T12:00:00+05:30", "category": "sport", "app": " shop "},
+            {"priority": "loud", "category": "Not a name", "app": "", "at": "x", "explain": 1},
+            {"user_ids": []},
+            {"user_ids": None},
+            {"user_ids": ["x"] * 3},
+            {"user_ids": [NOBODY] * 1001},
+            {"more": 1},
+        ):
+            await ask("POST", RESOLVE, json={"channel": channel} | everybody | fields)
+    for body in (b"{}", b"[]", b"{", b"", b'{"channel":"sms"}'):
+        await ask("POST", f"{RESOLVE}/", content=body, headers=JSON)
+    for method, path in (("GET", RESOLVE), ("POST", "/api/v1/deliveries"), ("PUT", FEEDBACK)):
+        await ask(method, path)
+
+
+async def catalogued(ask: Ask) -> None:
+    """What a catalogue has to say."""
+    said = {"categories": {"news": {"email": True}, "security": {"push": False}}}
+    ada = await _someone(ask, "ada@catalogued.example.com", preferences=said)
+    for change in (
+        {"sport": {"push": True}},
+        {"security": {"email": False}},
+        {"security": {"email": True}, "news": {"email": None}},
+        {"news": None},
+        None,
+    ):
+        await ask("PATCH", f"{USERS}/{ada}/preferences", json={"categories": change})
+        await ask("GET", f"{USERS}/{ada}")
+        eve = {"name": "Eve", "email": "eve@catalogued.example.com", "password": PASSWORD}
+        await ask("POST", USERS, json=eve | {"preferences": {"categories": change}, "phone": "1"})
+    for fields in (
+        {},
+        {"category": "sport"},
+        {"category": "Not a name"},
+        {"category": "news"},
+        {"category": "news", "priority": "critical"},
+        {"category": "security", "priority": "critical"},
+        {"priority": "critical"},
+    ):
+        asked = {"channel": "email", "user_ids": [ada, NOBODY], "explain": True}
+        await ask("POST", RESOLVE, json=asked | fields | {"at": "2030-01-01T00:00:00Z"})
+
+
+async def feedback(ask: Ask) -> None:
+    """What reports do, and how an address is restored."""
+    address = "ada@feedback.example.com"
+    ada = f"{USERS}/{await _someone(ask, address)}"
+    for token in ("f-1", "f-2", "f-3"):
+        await ask("POST", f"{ada}/devices", json={"token": token, "platform": "ios"})
+    late, early = "2030-01-01T00:00:00Z", "2020-01-01T00:00:00Z"
+    push: dict[str, Any] = {"channel": "push", "token": "f-1", "reason": "unregistered", "at": late}
+    mail: dict[str, Any] = {"channel": "email", "address": address, "at": late}
+    bounce, complaint = mail | {"reason": "hard_bounce"}, mail | {"reason": "complaint"}
+    for items in (
+        [],
+        [push | {"at": early}, push | {"reason": "rejected"}, push | {"token": "f-unknown"}],
+        [push, push, push | {"token": "f-2", "reason": "expired"}],
+        [push],
+        [mail | {"reason": "soft_bounce"}, bounce | {"address": "nobody@feedback.example.com"}],
+        [complaint, bounce, push | {"token": "f-3"}],
+        [complaint, bounce],
+        [complaint | {"address": "unknown@feedback.example.com"}],
+        [push | {"reason": "nonsense", "at": "x", "token": ""}, {"channel": "fax"}, {}, 1],
+        [bounce | {"address": "nonsense"}, bounce | {"address": "x@-"}, push | {"more": 1}],
+        [bounce | {"address": "a@b..c"}],
+        [push] * 1001,
+    ):
+        await ask("POST", FEEDBACK, json={"items": items})
+        await ask("GET", ada)
+        await ask("GET", f"{ada}/devices")
+    await ask("GET", f"{ada}/preferences/history")
+    await ask("PATCH", ada, json={"email": "anew@feedback.example.com"})
+    await ask("PATCH", ada, json={"email": "ADA@feedback.example.com"})
+    await ask("PATCH", f"{ada}/preferences", json={"email": True})
+    await ask("POST", FEEDBACK, json={"items": [complaint | {"at": early}]})
+    never = {"If-Match": '"x"'}
+    for path, headers in (
+        (f"{ada}/suppression", never),
+        (f"{ada}/suppression", {"Idempotency-Key": "lift"}),
+        (f"{ada}/suppression", {"Idempotency-Key": "lift"}),
+        (f"{ada}/suppression/", {}),
+        (f"{USERS}/{NOBODY}/suppression", {}),
+        (f"{USERS}/x/suppression", never),
+    ):
+        await ask("DELETE", path, headers=headers)
+        await ask("GET", ada)
+    await ask("POST", FEEDBACK, json={"items": [bounce | {"at": early}]})
+    await ask("GET", f"{ada}/suppression")
+    await ask("DELETE", f"{USERS}/{await _someone(ask, 'nobody@feedback.example.com')}/suppression")
+    for key in ("once", "once"):
+        items = [bounce | {"address": "NOBODY@feedback.example.com"}]
+        await ask("POST", FEEDBACK, json={"items": items}, headers={"Idempotency-Key": key})
+    for body in (b"{}", b"[]", b"{", b"", b'{"items":{}}'):
+        await ask("POST", FEEDBACK, content=body, headers=JSON)
+    large = json.dumps({"items": [push] * 5000}).encode()
+    await ask("POST", FEEDBACK, content=large * 3, headers=JSON)
+    await ask("POST", FEEDBACK, content=large * 30, headers=JSON)
+
+
 async def passwords(ask: Ask) -> None:
     """How a password is set."""
     path = f"{USERS}/{await _someone(ask, 'ada@passwords.example.com')}/password"
@@ -397,22 +520,42 @@ async def surroundings(ask: Ask) -> None:
         await ask("PATCH", user, json={"name": ""}, headers={"Accept": accept})
 
 
-SCRIPTS = [registrations, profiles, preferences, devices, passwords, conditions, surroundings]
+CATALOGUE = '{"security":{"email":"required","push":"on"},"news":{"email":"off","push":"on"}}'
+SCRIPTS = [
+    *(registrations, profiles, preferences, devices, deliveries, feedback, passwords),
+    *(conditions, surroundings),
+]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=[script.__name__ for script in SCRIPTS])
 async def test_same_answers(
     script: Callable[[Ask], Awaitable[None]], http: httpx.AsyncClient
 ) -> None:
-    server = Transcript(http)
-    await script(server.ask)
-    transport = FakeUserService()
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as answered:
-        fake = Transcript(answered)
-        await script(fake.ask)
+    await assert_same_answers(script, http, FakeUserService())
+
+
+async def test_same_answers_with_a_catalogue(database_url: str, redis_url: str) -> None:
+    app = create_app(settings_for(database_url, redis_url, CATEGORIES=CATALOGUE))
+    transport = httpx.ASGITransport(app)  # type: ignore[arg-type]  # Litestar's ASGI types are narrower
+    async with (
+        app.lifespan(),
+        httpx.AsyncClient(transport=transport, base_url="http://test") as http,
+    ):
+        await assert_same_answers(catalogued, http, FakeUserService(categories=CATALOGUE))
+
+
+async def assert_same_answers(
+    script: Callable[[Ask], Awaitable[None]], http: httpx.AsyncClient, fake: FakeUserService
+) -> None:
+    """Play a script to both, and compare what they answer."""
+    by_server = Transcript(http)
+    await script(by_server.ask)
+    async with httpx.AsyncClient(transport=fake, base_url="http://test") as answered:
+        by_fake = Transcript(answered)
+        await script(by_fake.ask)
     different = [
         f"server {said}\n  fake {faked}"
-        for said, faked in zip(server.lines, fake.lines, strict=True)
+        for said, faked in zip(by_server.lines, by_fake.lines, strict=True)
         if said != faked
     ]
     assert not different, "\n".join(different)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from datetime import UTC, datetime
 from typing import assert_type
 from uuid import UUID
@@ -14,19 +14,25 @@ from user_service_client import (
     CategoryUpdate,
     Channels,
     Consent,
+    Decision,
     Device,
     DeviceDetails,
+    EmailFeedback,
+    FeedbackResult,
     FieldError,
     Health,
     Invalid,
     Preferences,
     PreferencesRevision,
     PreferencesUpdate,
+    PushFeedback,
     RateLimited,
     User,
     UserServiceClient,
+    Verdict,
     VersionMismatch,
 )
+from user_service_client.testing import FakeUserService, VirtualClock
 
 
 async def fetch_key() -> str:
@@ -75,7 +81,48 @@ async def consume(user_id: str, device_id: UUID, name: str | None) -> None:
         assert_type(await client.devices.list(user_id), tuple[DeviceDetails, ...])
         await client.devices.update(user_id, device_id, active=False)
         await client.devices.remove(user_id, device_id, if_version=None)
+        await client.users.lift_suppression(user_id, if_version=3, idempotency_key="job")
         assert_type(await client.health(), Health)
+
+
+async def deliver(client: UserServiceClient, user_id: str, ids: Iterable[UUID]) -> None:
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    decision = await client.deliveries.resolve(
+        user_id, channel="push", category="news", app="shop", timeout=1, max_stale=60
+    )
+    assert_type(decision, Decision)
+    assert_type(await client.deliveries.resolve(UUID(user_id), channel="email"), Decision)
+    decisions = await client.deliveries.resolve(
+        ids, channel="email", priority="critical", at=now, explain=True
+    )
+    assert_type(decisions, tuple[Decision, ...])
+    match decision.decision:
+        case Verdict.ALLOW:
+            assert_type([device.token for device in decision.devices], list[str])
+        case Verdict.DEFER:
+            assert_type(decision.deferred_until, datetime | None)
+        case _:
+            assert_type(decision.reason, str)
+    user = await client.users.get(user_id)
+    assert_type(client.deliveries.decide(user, channel="push", priority="urgent"), Decision)
+    pushed = client.feedback.from_fcm(404, b"{}", token="t", at=now)
+    assert_type(pushed, PushFeedback | None)
+    bounced = EmailFeedback(address=user.email, reason="hard_bounce", at=now)
+    results = await client.feedback.report(
+        [bounced, *([pushed] if pushed else [])], idempotency_key="job"
+    )
+    assert_type(results, tuple[FeedbackResult, ...])
+
+
+def pretend(clock: VirtualClock) -> FakeUserService:
+    fake = FakeUserService(
+        clock=clock, categories={"security": {"email": "required", "push": "on"}}
+    )
+    fake.suppress("ann@example.com")
+    assert_type(fake.lift_suppression(fake.user().id), User)
+    fake.use_categories(None)
+    assert_type(fake.feedback, list[PushFeedback | EmailFeedback])
+    return fake
 
 
 async def misuse(client: UserServiceClient, user_id: str) -> None:
@@ -85,6 +132,8 @@ async def misuse(client: UserServiceClient, user_id: str) -> None:
     await client.users.get(user_id, if_version="x")  # type: ignore[call-arg]
     await client.users.update(user_id, name=None)  # type: ignore[arg-type]
     await client.preferences.update(user_id, pusch=False)  # type: ignore[call-arg]
+    await client.deliveries.resolve(user_id, channel="sms")  # type: ignore[call-overload]
+    await client.deliveries.resolve(3, channel="push")  # type: ignore[call-overload]
     await client.devices.register(user_id, token="t", platform="fax")  # type: ignore[arg-type]
 
 

@@ -356,7 +356,7 @@ class DocumentCache:
         for user_id in ids:
             entry = self._entries.get(user_id)
             if entry is None:
-                if self._is_unknown(user_id):
+                if wish.use is not Use.CRITICAL and self._is_unknown(user_id):
                     found[user_id] = None
                 else:
                     lacking.append(user_id)

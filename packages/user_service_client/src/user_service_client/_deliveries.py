@@ -23,7 +23,6 @@ from user_service_schemas import (
 from user_service_client._cache import DocumentCache, Use, Wish
 from user_service_client._calls import (
     Call,
-    CallOptions,
     Calls,
     Id,
     ReadOptions,
@@ -139,7 +138,9 @@ class Deliveries:
         Raises:
             Invalid: what is asked for is not for senders to ask, such as an unknown category.
         """
-        question = _Question(channel, at or self._now(), category, priority, app, explain)
+        question = _Question(
+            channel, at or self._now(), category, priority, app and app.strip(), explain
+        )
         wish = Wish(
             Use.CRITICAL if priority == "critical" else Use.DECISION,
             self._calls.deadline(options.get("timeout")),
@@ -161,14 +162,14 @@ class Deliveries:
         users = {i: None if entry is None else entry.user for i, entry in found.items()}
         # Of other rules than are known here, only the service knows what they say.
         foreign = [i for i, user in users.items() if user is not None and not is_decidable(user)]
-        decisions = await self._ask(foreign, question, wish.options) if foreign else {}
+        decisions = await self._ask(foreign, question, wish) if foreign else {}
         for user_id, user in users.items():
             if user_id not in decisions:
                 decisions[user_id] = question.answer(user, user_id)
         return [decisions[user_id] for user_id in ids]
 
     async def _ask(
-        self, ids: Sequence[str], question: _Question, options: CallOptions
+        self, ids: Sequence[str], question: _Question, wish: Wish
     ) -> dict[str, Decision]:
         """Let the service decide."""
         decisions: dict[str, Decision] = {}
@@ -183,7 +184,12 @@ class Deliveries:
                 explain=question.explain,
             )
             call = Call(
-                "deliveries.resolve", "POST", "/api/v1/deliveries/resolve", body=body, **options
+                "deliveries.resolve",
+                "POST",
+                "/api/v1/deliveries/resolve",
+                body=body,
+                deadline=wish.deadline,
+                **wish.options,
             )
             answered = (await self._calls.send(call)).data(_DECISIONS)
             decisions |= dict(zip(some, answered, strict=True))
@@ -206,5 +212,7 @@ class Deliveries:
             Invalid: what is asked for is not for senders to ask, such as an unknown category.
             UnknownRules: the service has other rules than this package: use `resolve`.
         """
-        question = _Question(channel, at or self._now(), category, priority, app, explain)
+        question = _Question(
+            channel, at or self._now(), category, priority, app and app.strip(), explain
+        )
         return question.answer(user, user.id)

@@ -14,7 +14,7 @@ from .deliveries import Decision, DeliveryDevice, Reason, Verdict
 from .envelope import FieldError
 from .errors import RuleViolation
 from .explanations import Question, explain_nobody, explain_user
-from .fields import CATEGORY_PATTERN, CHANNELS, Channel, Priority
+from .fields import CATEGORY_PATTERN, CHANNELS, MAX_APP, Channel, Priority
 from .preferences import Preferences
 from .quiet_hours import in_utc, instant_of, muted_until, quiet_until, seconds_of, window_of
 from .users import RULES, User
@@ -100,15 +100,19 @@ def decide(
 
     Raises:
         RuleViolation: the sender's mistake, by its field: a channel or priority that there is not,
-            an `at` without an offset, a category that is not in the catalogue, or `critical` where
-            that is refused (see `check_delivery`).
+            an `at` without an offset, an `app` that is no name, a category that is not in the
+            catalogue, or `critical` where that is refused (see `check_delivery`).
         UnknownRules: the document is of a service with other rules; see `is_decidable`.
     """
     if channel not in CHANNELS or priority not in _PRIORITIES:
         _check_words(channel, priority)
     if at.tzinfo is None:
         raise _violation("at", "Expected a time with its offset.")
+    if app is not None and not 1 <= len(app) <= MAX_APP:
+        raise _violation("app", f"Expected 1 to {MAX_APP} characters.")
     if user is None:
+        if category is not None:  # in no catalogue, as far as is known without a document
+            _check_free_category(category, catalogued=False)
         return Decision(
             user_id=user_id,
             decision=_SUPPRESS,

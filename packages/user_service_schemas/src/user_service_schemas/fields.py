@@ -115,11 +115,12 @@ Token: TypeAlias = Annotated[
 ]
 Priority: TypeAlias = Literal["normal", "urgent", "critical"]
 Platform: TypeAlias = Literal["web", "ios", "android"]
+MAX_APP = 128
 AppName: TypeAlias = Annotated[
     str,
     Meta(
         min_length=1,
-        max_length=128,
+        max_length=MAX_APP,
         description="Tells several apps of one user apart, such as `com.example.app:sandbox`.",
     ),
 ]

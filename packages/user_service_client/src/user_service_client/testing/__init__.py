@@ -14,7 +14,7 @@ scripted a fault which did not happen.
 from __future__ import annotations
 
 from ._clock import VirtualClock
-from ._fake import AskedRequest, DeviceOf, FakeUserService
+from ._fake import AskedRequest, Categories, DeviceOf, FakeUserService
 from ._faults import Route
 
-__all__ = ["AskedRequest", "DeviceOf", "FakeUserService", "Route", "VirtualClock"]
+__all__ = ["AskedRequest", "Categories", "DeviceOf", "FakeUserService", "Route", "VirtualClock"]

@@ -24,6 +24,7 @@ from user_service_schemas import (
     Envelope,
     Error,
     ErrorCode,
+    FeedbackItem,
     FieldError,
     FoundUsers,
     Health,
@@ -36,13 +37,14 @@ from user_service_schemas import (
     Probe,
     Problem,
     RegisterDevice,
+    ReportFeedback,
+    ResolveDeliveries,
     RuleViolation,
     User,
     UserUpdate,
     decode_request,
 )
 
-from ._checks import judge_body
 from ._clock import VirtualClock
 from ._directory import Condition, Directory
 from ._feed import Stream
@@ -173,6 +175,7 @@ class Routes:
         self._directory = directory
         self._clock = clock
         self._recorded: dict[str, _Recorded] = {}
+        self.feedback: list[FeedbackItem] = []
         self._handlers: Mapping[str, Callable[[Ask], Answer]] = {
             "users.create": self._create_user,
             "users.get": self._get_user,
@@ -182,6 +185,7 @@ class Routes:
             "users.update": self._update_user,
             "users.delete": self._delete_user,
             "users.set_password": self._set_password,
+            "users.lift_suppression": self._lift_suppression,
             "preferences.get": self._get_preferences,
             "preferences.update": self._update_preferences,
             "preferences.history": self._list_history,
@@ -189,6 +193,8 @@ class Routes:
             "devices.register": self._register_device,
             "devices.update": self._update_device,
             "devices.remove": self._remove_device,
+            "deliveries.resolve": self._resolve_deliveries,
+            "feedback.report": self._report_feedback,
             "changes.list": self._list_changes,
             "changes.stream": self._stream_changes,
             "health": self._get_health,
@@ -226,7 +232,7 @@ class Routes:
     # Users
 
     def _create_user(self, ask: Ask) -> Answer:
-        data = _body(ask, CreateUser)
+        data = self._body(ask, CreateUser)
 
         def create() -> tuple[Answer, str]:
             user = self._directory.register(data)
@@ -257,11 +263,11 @@ class Routes:
         return success(page, "Users listed")
 
     def _lookup_users(self, ask: Ask) -> Answer:
-        found = self._directory.lookup(_body(ask, LookupUsers))
+        found = self._directory.lookup(self._body(ask, LookupUsers))
         return success(FoundUsers(users=tuple(found)), "Users looked up")
 
     def _batch_users(self, ask: Ask) -> Answer:
-        data = _body(ask, BatchUsers, KIB * KIB)
+        data = self._body(ask, BatchUsers, KIB * KIB)
         asked = dict.fromkeys(user_id.lower() for user_id in data.ids)
         found = {user_id: self._directory.find(user_id) for user_id in asked}
         batch = BatchOfUsers(
@@ -272,7 +278,7 @@ class Routes:
         return success(batch, "Users retrieved", headers={"X-Document-Tag": tag})
 
     def _update_user(self, ask: Ask) -> Answer:
-        data, user_id = _body(ask, UserUpdate), _user_id(ask)
+        data, user_id = self._body(ask, UserUpdate), _user_id(ask)
 
         def update() -> tuple[Answer, str]:
             user = self._directory.update(user_id, data, self._condition(ask))
@@ -292,13 +298,23 @@ class Routes:
         return self._once(ask, delete)
 
     def _set_password(self, ask: Ask) -> Answer:
-        data, user_id = _body(ask, PasswordUpdate), _user_id(ask)
+        data, user_id = self._body(ask, PasswordUpdate), _user_id(ask)
 
         def set_password() -> tuple[Answer, str]:
             self._directory.set_password(user_id, data, self._condition(ask))
             return success(None, "Password set"), user_id
 
         return self._once(ask, set_password)
+
+    def _lift_suppression(self, ask: Ask) -> Answer:
+        user_id = _user_id(ask)
+
+        def lift() -> tuple[Answer, str]:
+            version_ = self._directory.lift_suppression(user_id, self._condition(ask))
+            headers = {"ETag": self._directory.etag(version_)}
+            return success(None, "Address restored", headers=headers), user_id
+
+        return self._once(ask, lift)
 
     # Preferences
 
@@ -312,7 +328,7 @@ class Routes:
         )
 
     def _update_preferences(self, ask: Ask) -> Answer:
-        data, user_id = _body(ask, PreferencesUpdate), _user_id(ask)
+        data, user_id = self._body(ask, PreferencesUpdate), _user_id(ask)
 
         def update() -> tuple[Answer, str]:
             updated, version_ = self._directory.update_preferences(
@@ -344,7 +360,7 @@ class Routes:
         return success(found, "Devices listed", headers={"ETag": self._directory.etag(version_)})
 
     def _register_device(self, ask: Ask) -> Answer:
-        data, user_id = _body(ask, RegisterDevice), _user_id(ask)
+        data, user_id = self._body(ask, RegisterDevice), _user_id(ask)
 
         def register() -> tuple[Answer, str]:
             device, version_, is_new = self._directory.register_device(
@@ -361,7 +377,7 @@ class Routes:
         return self._once(ask, register)
 
     def _update_device(self, ask: Ask) -> Answer:
-        data, user_id, device_id = _body(ask, DeviceUpdate), _user_id(ask), _device_id(ask)
+        data, user_id, device_id = self._body(ask, DeviceUpdate), _user_id(ask), _device_id(ask)
 
         def update() -> tuple[Answer, str]:
             device, version_ = self._directory.update_device(
@@ -381,6 +397,22 @@ class Routes:
             return success(None, "Device deleted", headers=headers), user_id
 
         return self._once(ask, remove)
+
+    # Deliveries and feedback
+
+    def _resolve_deliveries(self, ask: Ask) -> Answer:
+        data = self._body(ask, ResolveDeliveries, KIB * KIB)
+        return success(self._directory.resolve(data), "Deliveries resolved")
+
+    def _report_feedback(self, ask: Ask) -> Answer:
+        data = self._body(ask, ReportFeedback, 8 * KIB * KIB)
+
+        def report() -> tuple[Answer, str]:
+            results = self._directory.report(data.items)
+            self.feedback.extend(data.items)
+            return success(results, "Feedback taken"), ""
+
+        return self._once(ask, report)
 
     # Changes and health
 
@@ -402,6 +434,24 @@ class Routes:
         return success(health, "The service is healthy")
 
     # What they share
+
+    def _body(self, ask: Ask, type_: type[T], most: int = 64 * KIB) -> T:
+        """Read a body as the service does: strictly, whole, and with every bad field named."""
+        if len(ask.body) > most:
+            raise Refusal(ErrorCode.BODY_TOO_LARGE)
+        if not ask.body:
+            message = "The body is empty; a JSON object is expected."
+            raise Refusal(ErrorCode.MALFORMED_JSON, message=message)
+        if ask.headers.get("Content-Type", "").partition(";")[0].strip().lower() != JSON:
+            raise Refusal(ErrorCode.UNSUPPORTED_MEDIA_TYPE)
+        try:
+            return decode_request(ask.body, type_)
+        except MalformedJSON as error:
+            raise Refusal(ErrorCode.MALFORMED_JSON) from error
+        except RuleViolation as violation:
+            judged = self._directory.judge(violation.valid, type_)
+            details = {detail.field: detail for detail in (*judged, *violation.details)}
+            raise invalid(list(details.values())) from violation
 
     def _read(self, ask: Ask) -> User:
         user_id, least = _user_id(ask), ask.headers.get("X-Min-Version", "0")
@@ -444,25 +494,6 @@ class Routes:
             raise Refusal(ErrorCode.IDEMPOTENCY_KEY_REUSED)
         headers = {**kept.answer.headers, "Idempotency-Replayed": "true"}
         return Answer(kept.answer.status, headers, kept.answer.body)
-
-
-def _body(ask: Ask, type_: type[T], most: int = 64 * KIB) -> T:
-    """Read a body as the service does: strictly, whole, and with every bad field named."""
-    if len(ask.body) > most:
-        raise Refusal(ErrorCode.BODY_TOO_LARGE)
-    if not ask.body:
-        message = "The body is empty; a JSON object is expected."
-        raise Refusal(ErrorCode.MALFORMED_JSON, message=message)
-    if ask.headers.get("Content-Type", "").partition(";")[0].strip().lower() != JSON:
-        raise Refusal(ErrorCode.UNSUPPORTED_MEDIA_TYPE)
-    try:
-        return decode_request(ask.body, type_)
-    except MalformedJSON as error:
-        raise Refusal(ErrorCode.MALFORMED_JSON) from error
-    except RuleViolation as violation:
-        judged = judge_body(violation.valid, type_)
-        details = {detail.field: detail for detail in (*judged, *violation.details)}
-        raise invalid(list(details.values())) from violation
 
 
 def _user_id(ask: Ask) -> str:

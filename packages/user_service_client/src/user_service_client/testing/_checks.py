@@ -12,11 +12,10 @@ from collections.abc import Mapping
 
 from msgspec import UNSET, UnsetType
 from user_service_schemas import (
+    Catalogue,
     Choices,
-    CreateUser,
     FieldError,
     RuleViolation,
-    UserUpdate,
     canonical_email,
     merge_preferences,
 )
@@ -109,7 +108,9 @@ def judge_password(password: str, *, email: str, name: str) -> list[FieldError]:
     return [FieldError(field="password", message=message)]
 
 
-def judge_registration(request: object, *, password_required: bool) -> list[FieldError]:
+def judge_registration(
+    request: object, *, password_required: bool, catalogue: Catalogue | None
+) -> list[FieldError]:
     """Return what is wrong with a registration that may be valid only in part."""
     said: Mapping[str, object] = {
         name: getattr(request, name) for name in ("email", "name", "password", "preferences")
@@ -118,7 +119,7 @@ def judge_registration(request: object, *, password_required: bool) -> list[Fiel
     preferences, password = said["preferences"], said["password"]
     if preferences is not UNSET:
         try:
-            merge_preferences(Choices(), preferences)  # type: ignore[arg-type]  # valid in part
+            merge_preferences(Choices(), preferences, catalogue)  # type: ignore[arg-type]  # valid in part
         except RuleViolation as violation:
             errors += [
                 FieldError(field=f"preferences.{detail.field}", message=detail.message)
@@ -130,14 +131,3 @@ def judge_registration(request: object, *, password_required: bool) -> list[Fiel
     elif password is None and password_required:
         errors.append(FieldError(field="password", message="This field is required."))
     return errors
-
-
-def judge_body(valid: object, type_: type) -> list[FieldError]:
-    """Return what is wrong, beyond its type, with a body that fits its type only in part."""
-    if valid is UNSET:
-        return []
-    if type_ is CreateUser:
-        return judge_registration(valid, password_required=True)
-    if type_ is UserUpdate:
-        return profile_values(valid)[1]
-    return []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import NamedTuple
@@ -12,14 +12,20 @@ from typing import NamedTuple
 import msgspec
 from msgspec import UNSET
 from user_service_schemas import (
+    DEACTIVATING,
     RULES,
+    Catalogue,
     ChangeKind,
     Choices,
     Consent,
     CreateUser,
+    Decision,
     Device,
     DeviceDetails,
+    EmailFeedback,
     ErrorCode,
+    FeedbackItem,
+    FeedbackResult,
     FieldError,
     LookupUsers,
     PasswordUpdate,
@@ -27,9 +33,14 @@ from user_service_schemas import (
     Preferences,
     PreferencesRevision,
     PreferencesUpdate,
+    PushFeedback,
     RegisterDevice,
+    ResolveDeliveries,
     User,
     UserUpdate,
+    canonical_email,
+    check_delivery,
+    decide,
     effective_preferences,
     merge_preferences,
     preference_changes,
@@ -48,6 +59,14 @@ RETENTION = timedelta(days=30)
 
 Condition = Callable[[int], bool]
 """Whether a version is one that `If-Match` names."""
+
+APPLIED, IGNORED, UNKNOWN = "applied", "ignored", "unknown"
+_FEEDBACK_KINDS = (
+    ChangeKind.ADDRESS_SUPPRESSED,
+    ChangeKind.PREFERENCES_UPDATED,
+    ChangeKind.DEVICE_UPDATED,
+)
+"""What feedback does to a user; of several kinds at once, the first is the one that is told."""
 
 _WITHOUT_STEP = frozenset({ChangeKind.USER_CREATED, ChangeKind.PASSWORD_UPDATED})
 
@@ -89,7 +108,6 @@ class _Account:
     created_at: datetime
     updated_at: datetime
     version: int = 1
-    email_deliverable: bool = True
     devices: dict[str, _Device] = field(default_factory=dict)
     history: list[tuple[int, PreferencesRevision]] = field(default_factory=list)
 
@@ -97,6 +115,13 @@ class _Account:
         """Return the devices, newest registration first."""
         shown = [device.shown for device in self.devices.values()]
         return sorted(shown, key=lambda one: (one.registered_at, one.id), reverse=True)
+
+
+@dataclass
+class _Suppression:
+    """An address that a hard bounce has suppressed, whoever has it, until it is lifted."""
+
+    lifted_at: datetime | None = None
 
 
 class Registration(NamedTuple):
@@ -114,16 +139,21 @@ class Directory:
     """
 
     def __init__(
-        self, clock: VirtualClock, *, default_timezone: str, password_required: bool
+        self,
+        clock: VirtualClock,
+        *,
+        default_timezone: str,
+        password_required: bool,
+        catalogue: Catalogue | None,
     ) -> None:
         self._clock = clock
         self._default_timezone = default_timezone
         self._password_required = password_required
         self._random = random.Random(1)  # noqa: S311 - no secret
-        shape = msgspec.json.encode([msgspec.json.schema(User), RULES, default_timezone])
-        self.format = hashlib.sha256(shape).hexdigest()[:8]
+        self.use_catalogue(catalogue)
         self.feed = Feed(clock, self._new_epoch())
         self._accounts: dict[str, _Account] = {}
+        self._suppressions: dict[str, _Suppression] = {}
         self._made = 0
         self._revisions = 0
         self._latest = clock.now()
@@ -136,6 +166,12 @@ class Directory:
     def renew_epoch(self) -> None:
         """Begin another epoch."""
         self.feed.renew(self._new_epoch())
+
+    def use_catalogue(self, catalogue: Catalogue | None) -> None:
+        """Have these categories from now on, which makes all documents others."""
+        self._catalogue = catalogue
+        shape = [msgspec.json.schema(User), RULES, self._default_timezone, catalogue]
+        self.format = hashlib.sha256(msgspec.json.encode(shape)).hexdigest()[:8]
 
     def etag(self, version: int) -> str:
         """Return the entity tag of a version."""
@@ -191,13 +227,13 @@ class Directory:
 
     # Users
 
-    def register(self, request: CreateUser, *, email_deliverable: bool = True) -> User:
+    def register(self, request: CreateUser) -> User:
         """Register a user."""
-        errors = judge_registration(request, password_required=self._password_required)
+        errors = self.judge(request, CreateUser)
         if errors:
             raise invalid(errors)
         values, _ = profile_values(request)
-        choices = merge_preferences(Choices(), request.preferences)
+        choices = merge_preferences(Choices(), request.preferences, self._catalogue)
         self._refuse_taken(values, None)
         now = self._now()
         account = _Account(
@@ -207,7 +243,6 @@ class Directory:
             choices=_kept(choices),
             created_at=now,
             updated_at=now,
-            email_deliverable=email_deliverable,
         )
         self._accounts[account.id] = account
         consent = request.preferences.consent or None
@@ -225,7 +260,6 @@ class Directory:
         if fresh:
             self._refuse_taken(fresh, user_id)
             account.profile |= fresh
-            account.email_deliverable |= "email_key" in fresh
             self._conclude({user_id: ChangeKind.USER_UPDATED})
         return self._shown(account)
 
@@ -251,6 +285,16 @@ class Directory:
         account.password = _digest(request.password)
         self._conclude({user_id: ChangeKind.PASSWORD_UPDATED})
 
+    def judge(self, valid: object, type_: type) -> list[FieldError]:
+        """Return what is wrong, beyond its type, with a body that fits its type, or parts of it."""
+        if valid is UNSET:
+            return []
+        if type_ is CreateUser:
+            return judge_registration(
+                valid, password_required=self._password_required, catalogue=self._catalogue
+            )
+        return profile_values(valid)[1] if type_ is UserUpdate else []
+
     # Preferences
 
     def update_preferences(
@@ -259,7 +303,7 @@ class Directory:
         """Merge a change into a user's preferences; returns them and the user's version."""
         account = self._account(user_id, condition)
         before = account.choices
-        after = merge_preferences(before, request)
+        after = merge_preferences(before, request, self._catalogue)
         consent = request.consent or None
         changes = preference_changes(before, after)
         if changes or consent:
@@ -318,6 +362,117 @@ class Directory:
         self._conclude({user_id: ChangeKind.DEVICE_REMOVED})
         return account.version
 
+    # Deliveries and feedback
+
+    def resolve(self, request: ResolveDeliveries) -> list[Decision]:
+        """Decide on a delivery to each recipient; raises `RuleViolation`."""
+        check_delivery(request.channel, request.category, request.priority, self._catalogue)
+        at = request.at or self._clock.now()
+        return [
+            decide(
+                self.find(user_id),
+                request.channel,
+                at,
+                category=request.category,
+                priority=request.priority,
+                app=request.app,
+                explain=request.explain,
+                user_id=user_id,
+            )
+            for user_id in map(str.lower, request.user_ids)
+        ]
+
+    def report(self, items: Iterable[FeedbackItem]) -> list[FeedbackResult]:
+        """Take what providers said, each report after those before it, all or none."""
+        items = list(items)
+        wrong = [
+            FieldError(field=f"items[{number}].address", message="This is not an email address.")
+            for number, item in enumerate(items)
+            if isinstance(item, EmailFeedback) and not _is_address(item.address)
+        ]
+        if wrong:
+            raise invalid(wrong)
+        changed: dict[str, set[ChangeKind]] = {}
+        results = [
+            self._report_token(item, changed)
+            if isinstance(item, PushFeedback)
+            else self._report_address(item, changed)
+            for item in items
+        ]
+        self._conclude(
+            {
+                user_id: next(kind for kind in _FEEDBACK_KINDS if kind in kinds)
+                for user_id, kinds in changed.items()
+            }
+        )
+        return [FeedbackResult(result=result) for result in results]
+
+    def lift_suppression(self, user_id: str, condition: Condition | None) -> int:
+        """Let a user's address be tried again; returns the user's version."""
+        account = self._account(user_id, condition)
+        if not self._is_deliverable(account):
+            self._suppressions[str(account.profile["email_key"])].lifted_at = self._now()
+            self._conclude({user_id: ChangeKind.ADDRESS_RESTORED})
+        return account.version
+
+    def _report_token(self, item: PushFeedback, changed: dict[str, set[ChangeKind]]) -> str:
+        if item.reason not in DEACTIVATING:
+            return IGNORED
+        account, device = self._owner(token_digest(item.token))
+        if account is None or device is None:
+            return UNKNOWN
+        if not device.shown.active or device.shown.last_seen_at > self._time_of(item):
+            return IGNORED
+        device.set(active=False, at=self._now(), reason=item.reason)
+        changed.setdefault(account.id, set()).add(ChangeKind.DEVICE_UPDATED)
+        return APPLIED
+
+    def _report_address(self, item: EmailFeedback, changed: dict[str, set[ChangeKind]]) -> str:
+        key = canonical_email(item.address)
+        account = next((a for a in self._accounts.values() if a.profile["email_key"] == key), None)
+        if item.reason == "hard_bounce":
+            known = self._suppressions.get(key)
+            if known is not None and (
+                known.lifted_at is None or known.lifted_at > self._time_of(item)
+            ):
+                return IGNORED
+            self._suppressions[key] = _Suppression()
+            if account is not None:
+                changed.setdefault(account.id, set()).add(ChangeKind.ADDRESS_SUPPRESSED)
+            return APPLIED
+        if item.reason != "complaint":
+            return IGNORED
+        if account is None:
+            return UNKNOWN
+        if not account.choices.email or self._opted_in_after(account, self._time_of(item)):
+            return IGNORED
+        before = account.choices
+        account.choices = msgspec.structs.replace(before, email=False)
+        # One report, one version, whatever else it says of the user.
+        version = account.version + 1
+        consent = Consent(source="feedback")
+        changes = preference_changes(before, account.choices)
+        self._append_history(account, changes, consent, version)
+        changed.setdefault(account.id, set()).add(ChangeKind.PREFERENCES_UPDATED)
+        return APPLIED
+
+    def _time_of(self, item: FeedbackItem) -> datetime:
+        """Return the time of a report: one of now, or of the future, is after all that happened."""
+        return self._now() if item.at >= self._clock.now() else item.at
+
+    def _opted_in_after(self, account: _Account, at: datetime) -> bool:
+        """Whether the user has switched email on again since: an old complaint does not undo it."""
+        return any(
+            revision.at > at
+            for _, revision in account.history
+            for change in revision.changes
+            if (change.field, change.before, change.after) == ("email", False, True)
+        )
+
+    def _is_deliverable(self, account: _Account) -> bool:
+        suppression = self._suppressions.get(str(account.profile["email_key"]))
+        return suppression is None or suppression.lifted_at is not None
+
     # What they stand on
 
     def _new_epoch(self) -> str:
@@ -353,8 +508,10 @@ class Directory:
             email=str(profile["email"]),
             phone=profile["phone"],
             locale=profile["locale"],
-            email_deliverable=account.email_deliverable,
-            preferences=effective_preferences(account.choices, self._default_timezone),
+            email_deliverable=self._is_deliverable(account),
+            preferences=effective_preferences(
+                account.choices, self._default_timezone, self._catalogue
+            ),
             devices=tuple(
                 Device(
                     id=one.id,
@@ -478,6 +635,14 @@ def _kept(choices: Choices) -> Choices:
         for name, said in sorted(choices.categories.items(), key=lambda item: order(item[0]))
     }
     return msgspec.structs.replace(choices, categories=categories)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        canonical_email(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _digest(password: str) -> bytes:

@@ -15,13 +15,19 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from user_service_schemas import (
     STATUS_OF,
+    Catalogue,
     CategoryUpdate,
     CreateUser,
     DeviceDetails,
+    EmailFeedback,
     ErrorCode,
+    FeedbackItem,
+    FeedbackResult,
+    Mode,
     Platform,
     PreferencesUpdate,
     RegisterDevice,
+    ReportFeedback,
     RuleViolation,
     User,
     UserUpdate,
@@ -52,6 +58,10 @@ _OF_STATUS: Mapping[int, ErrorCode] = {
 
 DeviceOf: TypeAlias = tuple[str, Platform] | RegisterDevice
 """A device for `FakeUserService.user`: token and platform, or all that can be said."""
+
+
+Categories: TypeAlias = Catalogue | str | Mapping[str, Mapping[str, Mode]]
+"""A catalogue of categories, or what the service's setting says: JSON, or that decoded."""
 
 
 @dataclass(frozen=True)
@@ -108,16 +118,21 @@ class FakeUserService(httpx.AsyncBaseTransport):
     clients, also one after the other, of one event loop.
 
     It differs from the service where a test hardly looks: any service key may do everything and
-    nobody is limited; a telephone number, a language tag and an address are judged by their form;
-    a handful of passwords are too common; and `/health` is always well.
+    nobody is limited, nor how much of their feedback takes effect; a telephone number, a language
+    tag and an address are judged by their form; a handful of passwords are too common; and
+    `/health` is always well.
 
     Args:
         clock: The time of the fake, which only moves when it is told to; None: a new one.
         default_timezone: The zone of users who have named none, an IANA name.
         password_required: Whether `users.create` needs a password, as the service's setting.
+        categories: The catalogue of categories, as the service's setting, such as
+            `{"security": {"email": "required", "push": "on"}}`; None: names are free.
 
     Attributes:
         clock: The time of the fake; a client that is given it waits for nothing real.
+        feedback: What was reported with `client.feedback.report`, oldest first, without repeats of
+            a request. Clear it as you like.
         requests: What the fake was asked, oldest first. Clear it as you like.
     """
 
@@ -127,13 +142,18 @@ class FakeUserService(httpx.AsyncBaseTransport):
         clock: VirtualClock | None = None,
         default_timezone: str = "UTC",
         password_required: bool = True,
+        categories: Categories | None = None,
     ) -> None:
         self.clock = clock or VirtualClock()
         self.requests: list[AskedRequest] = []
         self._directory = Directory(
-            self.clock, default_timezone=default_timezone, password_required=password_required
+            self.clock,
+            default_timezone=default_timezone,
+            password_required=password_required,
+            catalogue=_catalogue(categories),
         )
         self._routes = Routes(self._directory, self.clock)
+        self.feedback: list[FeedbackItem] = self._routes.feedback
         self._faults: Script[_Failure | _Drop] = Script()
         self._delays: Script[float] = Script()
         self._refuses = False
@@ -167,7 +187,7 @@ class FakeUserService(httpx.AsyncBaseTransport):
             push: Short for `preferences=PreferencesUpdate(push=…)`.
             preferences: What is not named is: email and push on, no quiet hours.
             devices: Registered in this order, so the last one is `devices[0]` of the document.
-            email_deliverable: False: the address was given up.
+            email_deliverable: False: the address is suppressed.
 
         Raises:
             ValueError: the service would refuse this; it names every bad field.
@@ -183,8 +203,10 @@ class FakeUserService(httpx.AsyncBaseTransport):
             locale=locale,
             preferences=said if push is UNSET else msgspec.structs.replace(said, push=push),
         )
+        if not email_deliverable:
+            self.suppress(request.email)
         with _Editing():
-            user = self._directory.register(_checked(request), email_deliverable=email_deliverable)
+            user = self._directory.register(_checked(request))
         for device in devices:
             if isinstance(device, tuple):
                 token, platform = device
@@ -283,6 +305,38 @@ class FakeUserService(httpx.AsyncBaseTransport):
         with _Editing():
             self._directory.erase(user_id, None)
         self._routes.forget(user_id)
+
+    # Feedback and settings
+
+    def suppress(self, address: str) -> None:
+        """Suppress an address, whoever has it or will have it, as a hard bounce of now does.
+
+        Raises:
+            ValueError: it is no address.
+        """
+        self.report(EmailFeedback(address=address, reason="hard_bounce", at=self.clock.now()))
+
+    def lift_suppression(self, user_id: str) -> User:
+        """Let a user's address be tried again; raises as `update_user`."""
+        with _Editing():
+            self._directory.lift_suppression(user_id, None)
+            return self._directory.get(user_id)
+
+    def report(self, *items: FeedbackItem) -> tuple[FeedbackResult, ...]:
+        """Take feedback that another sender reports, and return what each report did.
+
+        Raises:
+            ValueError: the service would refuse this; it names every bad field.
+        """
+        with _Editing():
+            return tuple(self._directory.report(_checked(ReportFeedback(items=list(items))).items))
+
+    def use_categories(self, categories: Categories | None) -> None:
+        """Have another catalogue, as after a restart with another setting: what users said stays.
+
+        No version rises and no event tells of it: copies of before are no longer confirmed.
+        """
+        self._directory.use_catalogue(_catalogue(categories))
 
     # What goes wrong
 
@@ -452,6 +506,14 @@ class _Editing:
             details = "; ".join(f"{one.field}: {one.message}" for one in error.details)
             kind = LookupError if error.status == 404 else ValueError
             raise kind(details or MESSAGES[error.code]) from error
+
+
+def _catalogue(said: Categories | None) -> Catalogue | None:
+    """Return a catalogue; raises `ValueError` that names everything that is wrong with it."""
+    if said is None or isinstance(said, Catalogue):
+        return said
+    with _Editing():
+        return Catalogue.parse(said if isinstance(said, str) else msgspec.json.encode(said))
 
 
 def _checked(request: S) -> S:
