@@ -197,16 +197,21 @@ def stops_in_sql() -> Iterator[None]:
 
 
 class SteppedLink(RedisLink):
-    """A link whose commands wait for their errand, and that can be cut off from Redis."""
+    """A link whose commands wait for their errand, and that can be cut off from Redis.
+
+    It is `cut` where nothing reaches Redis, and `deaf` where no answer comes back.
+    """
 
     cut = False
+    deaf = False
 
     async def run(self, commands: Sequence[Command]) -> list[Any]:
         if commands:
             await _reach(_point_of(commands[0]))
         if self.cut:
             return [UNREACHABLE] * len(commands)
-        return await super().run(commands)
+        replies = await super().run(commands)
+        return [UNREACHABLE] * len(commands) if self.deaf else replies
 
 
 class SteppedDocuments(Documents):
@@ -403,17 +408,26 @@ class World:
         """The key under which all replicas look for a document, once they have looked."""
         return f"user-service:{self.replicas[0].state.epoch}:{await self.generation()}:{user_id}"
 
+    async def is_up_to_date(self, replica: Replica, user_id: str) -> bool:
+        """Whether a replica looks for a user's document under the key where it is now."""
+        return replica.cache._key(user_id) == await self.key(user_id)
+
     async def evict(self, user_id: str) -> None:
         """Let Redis forget what it holds of a user."""
         await self.stored.delete(await self.key(user_id))
 
     async def cached(self, user_id: str) -> int | str:
         """What lies in the cache of a user: a version, "lease", "marker" or "nothing"."""
-        key = await self.key(user_id)
-        kind: Any = await self.stored.type(key)
+        return await self.held(await self.key(user_id))
+
+    async def held(self, key: str) -> int | str:
+        """What lies under a key: a version, "lease", "marker" or "nothing"."""
+        async with self.stored.pipeline(transaction=False) as pipe:
+            pipe.type(key)
+            pipe.get(key)
+            kind, value = await pipe.execute(raise_on_error=False)
         if kind == b"hash":
             return "marker"
-        value: Any = await self.stored.get(key)
         if value is None:
             return "nothing"
         return int(value.split()[0][1:]) if value[:1] == b"D" else "lease"
