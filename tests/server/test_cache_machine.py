@@ -40,17 +40,17 @@ TROUBLE = (
     "redis evicts",
     "redis evicts even a marker",
     "redis is cut off, or back",
-    "redis is heard no more, or again",
     "redis restarts with old data",
     "the servers look",
     "3 s pass",
     "10 s pass",
 )
 KINDS_OF_STEPS = ("read", "read", "write", "write", "trouble")
-WRITES = ("rename", "rename", "rename", "erase", "refuse")
+WRITES = ("rename", "rename", "rename", "rename", "erase", "refuse")
 # Where an errand stops: most often where another one in between matters.
 STOPS_OF_READS = ("end", "fill", "fill", "answer", "answer", "read", "lease")
-STOPS_OF_WRITES = ("end", "publish", "publish", "commit", "conclude", "lock", "lock", "lock_names")
+STOPS_OF_WRITES = ("publish", "publish", "publish", "commit", "conclude", "lock", "lock_names")
+MOMENTS = ((None,), (None,), (None, "cut"), (None, None, "cut"), (None, None, "deaf"))
 GONE = math.inf
 """The version of who was erased: above all others."""
 
@@ -73,6 +73,8 @@ class Habits:
     """What keeps a server from Redis while an errand takes its next steps."""
     told_at_once: bool
     """Whether the servers learn at once that their cache was left behind."""
+    caches_again: bool
+    """Whether the time without fills that follows is over as soon as that may be."""
 
 
 def _some(of: Sequence[Any], most: int) -> st.SearchStrategy[list[Any]]:
@@ -87,8 +89,9 @@ HABITS = st.builds(
     stops_of_reads=_some(STOPS_OF_READS, 3),
     stops_of_writes=_some(STOPS_OF_WRITES, 3),
     troubles=_some(TROUBLE, 4),
-    moments=st.sampled_from(((None,), (None,), (None, None, "cut"), (None, None, "deaf"))),
+    moments=st.sampled_from(MOMENTS),
     told_at_once=st.booleans(),
+    caches_again=st.booleans(),
 )
 
 
@@ -173,8 +176,8 @@ class CacheMachine(RuleBasedStateMachine):
 
     @initialize(
         habits=HABITS,
-        cached=st.booleans(),
-        cut_off=st.sampled_from((None, None, 0, 1)),
+        cached=st.sampled_from((True, True, False)),
+        cut_off=st.sampled_from((None, None, None, 0, 1)),
         left_behind=st.booleans(),
     )
     def begin(self, habits: Habits, cached: bool, cut_off: int | None, left_behind: bool) -> None:
@@ -183,18 +186,17 @@ class CacheMachine(RuleBasedStateMachine):
         self.habits = habits
         self.reads: list[Read] = []
         self.writers: list[Writer] = []
-        self.acknowledged: float = 1
-        self.acknowledged_by: list[float] = [1, 1]
         # Redis may lose a marker; then what was not acknowledged may be cached over.
         self.lost_marker: str | None = None
         self.strangers: set[int] = set()
-        self.key = ""
+        self.quiet = False
+        self.restarted = False
         self.broken = False
         self.run(self._begin(cached, cut_off, left_behind))
 
     async def _begin(self, cached: bool, cut_off: int | None, left_behind: bool) -> None:
-        self.user: str = await self.world.user()
         await self.world.age(60)
+        await self._meet_a_user()
         if cached:
             await self.world.replicas[0].read(self.user)
         self.old_data = await self._saved()
@@ -202,6 +204,12 @@ class CacheMachine(RuleBasedStateMachine):
             self.world.replicas[cut_off].link.cut = True
             if left_behind:
                 await self._write(cut_off, "rename", "end")
+
+    async def _meet_a_user(self) -> None:
+        self.user: str = await self.world.user()
+        self.acknowledged: float = 1
+        self.acknowledged_by: list[float] = [1, 1]
+        self.key = await self.world.key(self.user)
 
     @rule(step=steps())
     def step(self, step: Step) -> None:
@@ -222,7 +230,7 @@ class CacheMachine(RuleBasedStateMachine):
         elif able:
             read = able[step.number % len(able)]
             with self._moment(read.replica, step.moment):
-                await self._go_on_reading(read, step.until)
+                await self._go_on_reading(read, "end" if step.number % 2 else step.until)
 
     async def _read(self, number: int, until: str) -> None:
         replica = self.world.replicas[number]
@@ -250,6 +258,12 @@ class CacheMachine(RuleBasedStateMachine):
                     self.reads.remove(read)
 
     async def _write_on(self, step: Step) -> None:
+        if self.acknowledged == GONE and not self.writers:
+            # Of who was erased there is no more to see.
+            for read in list(self.reads):
+                await self._go_on_reading(read, "end")
+            await self._look_at_what_is_cached()
+            await self._meet_a_user()
         able = [writer for writer in self.writers if not self._is_blocked(writer)]
         if len(self.writers) < AT_ONCE and (step.begins or not able):
             await self._write(step.replica, step.what, step.until)
@@ -315,7 +329,8 @@ class CacheMachine(RuleBasedStateMachine):
         match step.what:
             case "a writer dies" if self.writers:
                 await self.writers.pop(number % len(self.writers)).errand.crash()
-            case "a server restarts" if not meets_a_stranger:
+            case "a server restarts" if not (meets_a_stranger or self.restarted):
+                self.restarted = True  # once, since it takes as long as all else
                 self.reads = [read for read in self.reads if not replica.has(read.errand)]
                 self.writers = [writer for writer in self.writers if writer.replica != place]
                 await self.world.restart(place)
@@ -325,8 +340,6 @@ class CacheMachine(RuleBasedStateMachine):
                 await self._forget({"document", "lease", "marker"})
             case "redis is cut off, or back" if not meets_a_stranger:
                 replica.link.cut = not replica.link.cut
-            case "redis is heard no more, or again":
-                replica.link.deaf = not replica.link.deaf
             case "redis restarts with old data" if not self._locked():
                 await self._restart_redis()
             case "the servers look":
@@ -334,13 +347,16 @@ class CacheMachine(RuleBasedStateMachine):
             case "3 s pass" if not self._locked():
                 # Longer than a lease lives, a raise counts for others, and a server does not look.
                 await self._pass(3.1)
-            case "10 s pass" if all(w.errand.at == "publish" for w in self.writers):
+            case "10 s pass" if self._may_take_long():
                 # Longer than a transaction, a marker, and the time after a raise without fills.
                 await self._pass(10.1)
         await self._recognise()
 
     def _locked(self) -> bool:
         return any(writer.locks for writer in self.writers)
+
+    def _may_take_long(self) -> bool:
+        return all(writer.errand.at == "publish" for writer in self.writers)
 
     async def _forget(self, what: set[str]) -> None:
         held = await self.world.cached(self.user)
@@ -392,9 +408,12 @@ class CacheMachine(RuleBasedStateMachine):
     async def _look_at_what_is_cached(self) -> None:
         key = await self.world.key(self.user)
         if key != self.key:
-            self.key = key
+            self.key, self.quiet = key, True
             if self.habits.told_at_once:
                 await self.world.look()
+        if self.quiet and self.habits.caches_again and self._may_take_long():
+            self.quiet = False
+            await self._pass(10.1)
         held = await self.world.held(key)
         if held in {"nothing", "marker"} and not self.writers:
             self.lost_marker = None  # who was not announced has ended
