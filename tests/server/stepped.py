@@ -143,9 +143,12 @@ _errand: ContextVar[Errand | None] = ContextVar("errand", default=None)
 
 
 async def turns() -> None:
-    """Let what is ready go on."""
+    """Let what is ready go on, until nothing is; what waits for a socket is not."""
+    ready = asyncio.get_running_loop()._ready  # type: ignore[attr-defined]
     for _ in range(20):
         await asyncio.sleep(0)
+        if not ready:
+            break
 
 
 async def _reach(point: str) -> None:
