@@ -49,8 +49,8 @@ KINDS_OF_STEPS = (("read", "read", "write", "write", "trouble"), ("read", "write
 WRITES = ("rename", "rename", "rename", "erase", "erase", "refuse")
 # Where an errand stops: most often where another one in between matters.
 STOPS_OF_READS = ("end", "fill", "fill", "answer", "answer", "read", "lease")
-STOPS_OF_WRITES = ("publish", "publish", "publish", "commit", "conclude", "lock", "lock_names")
-MOMENTS = ((None,), (None,), (None, "cut"), (None, "cut"), (None, None, "deaf"))
+STOPS_OF_WRITES = ("publish", "publish", "commit", "conclude", "lock", "lock", "lock_names")
+MOMENTS = ((None,), (None,), (None, "cut"), ("cut",), (None, None, "deaf"))
 GONE = math.inf
 """The version of who was erased: above all others."""
 
@@ -72,7 +72,7 @@ class Habits:
     stops_of_writes: Sequence[str]
     troubles: Sequence[str]
     moments: Sequence[str | None]
-    """What keeps a server from Redis while an errand takes its next steps."""
+    """What keeps a server from Redis while a write under way takes its next steps."""
     told_at_once: bool
     """Whether the servers learn at once that their cache was left behind."""
     caches_again: bool
@@ -233,8 +233,7 @@ class CacheMachine(RuleBasedStateMachine):
             await self._read(step.replica, step.until)
         elif able:
             read = able[step.number % len(able)]
-            with self._moment(read.replica, step.moment):
-                await self._go_on_reading(read, "end" if step.number % 2 else step.until)
+            await self._go_on_reading(read, "end" if step.number % 2 else step.until)
 
     async def _read(self, number: int, until: str) -> None:
         replica = self.world.replicas[number]
