@@ -33,7 +33,7 @@ def test_every_rule_has_its_test() -> None:
 
 @pytest.mark.parametrize("rule", TESTS)
 def test_without_the_rule_its_test_fails(rule: str) -> None:
-    ran = _run_without(rule, f"tests/server/test_cache_rules.py::{TESTS[rule]}")
+    ran = run_without(rule, f"tests/server/test_cache_rules.py::{TESTS[rule]}")
     assert ran.returncode == pytest.ExitCode.TESTS_FAILED, ran.stdout + ran.stderr
     # By what the rule is about, and not by an error of the test itself.
     assert f"{TESTS[rule]} - AssertionError: " in ran.stdout, ran.stdout
@@ -41,15 +41,20 @@ def test_without_the_rule_its_test_fails(rule: str) -> None:
 
 
 def test_with_all_rules_all_tests_pass() -> None:
-    ran = _run_without(
-        "", *(f"tests/server/test_cache_rules.py::{name}" for name in TESTS.values())
-    )
+    ran = run_without("", *(f"tests/server/test_cache_rules.py::{name}" for name in TESTS.values()))
     assert ran.returncode == pytest.ExitCode.OK, ran.stdout + ran.stderr
 
 
-def _run_without(rule: str, *tests: str) -> subprocess.CompletedProcess[str]:
+def run_without(rule: str, *tests: str, seconds: float = 60) -> subprocess.CompletedProcess[str]:
+    """Run tests without a rule; one that searches does so for `seconds`."""
     command = [sys.executable, "-m", "pytest", "-p", "tests.chaos.mutations", "-q", *tests]
-    environ = {**os.environ, "WITHOUT": rule, "COLUMNS": "300"}
+    environ = {**os.environ, "WITHOUT": rule, "COLUMNS": "300", "CHAOS_SECONDS": str(seconds)}
     return subprocess.run(
-        command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False, timeout=120
+        command,
+        cwd=ROOT,
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60 + 2 * seconds,
     )

@@ -144,9 +144,12 @@ _errand: ContextVar[Errand | None] = ContextVar("errand", default=None)
 
 
 async def turns() -> None:
-    """Let what is ready go on."""
+    """Let what is ready go on, until nothing is; what waits for a socket is not."""
+    ready = asyncio.get_running_loop()._ready  # type: ignore[attr-defined]
     for _ in range(20):
         await asyncio.sleep(0)
+        if not ready:
+            break
 
 
 async def _reach(point: str) -> None:
@@ -200,10 +203,12 @@ def stops_in_sql() -> Iterator[None]:
 class SteppedLink(RedisLink):
     """A link whose commands wait for their errand, and that can be cut off from Redis.
 
-    Or from some buckets, as from those on one server of a cluster.
+    Or from some buckets, as from those on one server of a cluster. It is `cut` where nothing
+    reaches Redis, and `deaf` where no answer comes back.
     """
 
     cut = False
+    deaf = False
     cut_buckets: Collection[int] = ()
 
     async def run(self, commands: Sequence[Command]) -> list[Any]:
@@ -211,7 +216,10 @@ class SteppedLink(RedisLink):
             await _reach(_point_of(commands[0]))
         reached = [command for command in commands if self._reaches(command)]
         replies = iter(await super().run(reached))
-        return [next(replies) if command in reached else UNREACHABLE for command in commands]
+        return [
+            next(replies) if command in reached and not self.deaf else UNREACHABLE
+            for command in commands
+        ]
 
     def _reaches(self, command: Command) -> bool:
         key = command[3] if command[0] == "EVAL" else command[1]
@@ -441,17 +449,26 @@ class World:
         generation = await self.generation(bucket)
         return f"user-service:{epoch}:{hash_tag(bucket)}:{generation}:{user_id}"
 
+    async def is_up_to_date(self, replica: Replica, user_id: str) -> bool:
+        """Whether a replica looks for a user's document under the key where it is now."""
+        return replica.cache._key(user_id) == await self.key(user_id)
+
     async def evict(self, user_id: str) -> None:
         """Let Redis forget what it holds of a user."""
         await self.stored.delete(await self.key(user_id))
 
     async def cached(self, user_id: str) -> int | str:
         """What lies in the cache of a user: a version, "lease", "marker" or "nothing"."""
-        key = await self.key(user_id)
-        kind: Any = await self.stored.type(key)
+        return await self.held(await self.key(user_id))
+
+    async def held(self, key: str) -> int | str:
+        """What lies under a key: a version, "lease", "marker" or "nothing"."""
+        async with self.stored.pipeline(transaction=False) as pipe:
+            pipe.type(key)
+            pipe.get(key)
+            kind, value = await pipe.execute(raise_on_error=False)
         if kind == b"hash":
             return "marker"
-        value: Any = await self.stored.get(key)
         if value is None:
             return "nothing"
         return int(value.split()[0][1:]) if value[:1] == b"D" else "lease"
