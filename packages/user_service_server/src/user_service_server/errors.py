@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -51,6 +52,28 @@ class UnsupportedMediaType(ServiceError):
 class Invalid(ServiceError):
     code = ErrorCode.VALIDATION_FAILED
     message = "The request has fields that are not valid."
+
+
+class Unauthenticated(ServiceError):
+    code = ErrorCode.UNAUTHENTICATED
+    message = "A valid service key is needed: Authorization: Bearer usk_…"
+
+    def __init__(self) -> None:
+        super().__init__(headers=[("WWW-Authenticate", "Bearer")])
+
+
+class Forbidden(ServiceError):
+    code = ErrorCode.FORBIDDEN
+    message = "The service key does not have the scope that this needs."
+
+
+class RateLimited(ServiceError):
+    code = ErrorCode.RATE_LIMITED
+    message = "Too many requests. Try again later."
+
+    def __init__(self, retry_after: float, quota: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        headers = [(name.decode(), value.decode()) for name, value in quota]
+        super().__init__(headers=[("Retry-After", str(max(1, math.ceil(retry_after)))), *headers])
 
 
 class InvalidCredentials(ServiceError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+from collections.abc import Awaitable, Callable
 
 from litestar.types import (
     HTTPResponseBodyEvent,
@@ -24,6 +25,9 @@ SEND_TIMEOUT = 10.0
 RETRY_MS = 1000
 """After how long a reader is asked to come back; browsers and the client add their own jitter."""
 PAGE = 1000
+ASK_INTERVAL = 15.0
+"""Seconds after which it is looked whether the reader's key is still good: with the key ring's 30 s
+and a heartbeat, at most a minute after it was revoked."""
 _HEADERS = [
     (b"content-type", b"text/event-stream"),
     (b"cache-control", b"no-store"),
@@ -36,7 +40,8 @@ class ChangeStream:
     """An ASGI answer that follows the feed from a cursor, or from now on.
 
     Ends after about `max_life` seconds, so that replicas share the streams again; when the service
-    is shut down; and when the reader is too slow. It continues with `Last-Event-ID`.
+    is shut down; when the key was revoked; and when the reader is too slow. It continues with
+    `Last-Event-ID`.
     """
 
     def __init__(
@@ -47,7 +52,9 @@ class ChangeStream:
         max_life: float,
         draining: asyncio.Event,
         metrics: Metrics,
+        is_allowed: Callable[[], Awaitable[bool]],
     ) -> None:
+        self._is_allowed = is_allowed
         self._feed = feed
         self._cursor = cursor
         self._reason: str | None = None
@@ -95,12 +102,18 @@ class ChangeStream:
             return "interrupted"  # no Postgres, or another epoch: the reader comes back and is told
 
     async def _pass_on(self, subscription: Subscription, send: Send, ends_at: float) -> str:
+        loop = asyncio.get_running_loop()
+        asked_at = loop.time()
         while not self._draining.is_set():
+            if loop.time() - asked_at >= ASK_INTERVAL:
+                asked_at = loop.time()
+                if not await self._is_allowed():
+                    return "revoked"
             chunk = await subscription.take()  # a heartbeat at the latest
             if subscription.too_slow:
                 return "too_slow"
             await _send(send, chunk)
-            if asyncio.get_running_loop().time() >= ends_at:
+            if loop.time() >= ends_at:
                 return "age"
         return "shutdown"
 

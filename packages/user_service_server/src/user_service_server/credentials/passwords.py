@@ -74,6 +74,10 @@ class Passwords:
             return False
         return password_hash is not None
 
+    def is_outdated(self, password_hash: str) -> bool:
+        """Whether a hash was made with weaker parameters than are used now."""
+        return self._hasher.check_needs_rehash(password_hash)
+
     async def _run(self, work: Callable[[], T]) -> T:
         if self._waiting >= self._limit:
             raise Overloaded

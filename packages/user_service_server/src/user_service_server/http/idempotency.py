@@ -21,9 +21,10 @@ from ..metrics import Metrics
 from ..settings import Settings
 from ..storage import recorded_answers
 from ..storage.database import Database
-from ..storage.documents import UNRECORDED, Recorder
+from ..storage.documents import Recorder, Unrecorded
 from ..storage.recorded_answers import RecordedAnswer
 from .answers import JSON, NO_STORE, HTTPRequest
+from .callers import caller_of
 
 T = TypeVar("T")
 
@@ -47,6 +48,7 @@ class _Recording:
     def __init__(
         self, caller: str, key: str, digest: bytes, render: Callable[[Any], ASGIResponse]
     ) -> None:
+        self.actor: str | None = caller
         self._caller = caller
         self._key = key
         self._digest = digest
@@ -99,14 +101,14 @@ class Idempotency:
             IdempotencyInProgress: the first request with this key is still under way.
             IdempotencyKeyReused: the first one asked for something else.
         """
+        caller = caller_of(request).name
         key = request.headers.get(HEADER)
         if key is None:
-            return render(await work(UNRECORDED))
+            return render(await work(Unrecorded(caller)))
         if not _KEY.fullmatch(key):
             raise Invalid(
                 FieldError(field=HEADER, message="Expected 1 to 255 printable characters.")
             )
-        caller = "anonymous"
         digests = [_digest(secret, request, await request.body()) for secret in self._secrets]
         answer = await self._find(caller, key)
         if answer is None:

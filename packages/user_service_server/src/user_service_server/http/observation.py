@@ -54,7 +54,9 @@ class Observation:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], id_header]
+                quota = scope["state"].get("ratelimit")
+                counted = quota.headers() if quota is not None else ()
+                message["headers"] = [*message["headers"], id_header, *counted]
             await send(message)
 
         with bound_contextvars(request_id=request_id):
