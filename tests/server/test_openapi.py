@@ -180,7 +180,8 @@ def test_every_body_has_a_schema_that_refuses_unknown_fields(
 def test_the_example_of_every_body_works(call: Caller, operations: Operations) -> None:
     ids = someone(call)
     tried = 0
-    for (method, path), operation in operations.items():
+    # A password can be verified once there is somebody who has it.
+    for (method, path), operation in sorted(operations.items(), key=lambda o: "verify" in o[0][1]):
         if "requestBody" in operation:
             example = operation["requestBody"]["content"]["application/json"]["example"]
             answer = call(method, path.format(**ids), json=example)

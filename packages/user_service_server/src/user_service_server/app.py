@@ -151,7 +151,7 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
     if forgotten := list(routes_without_scope(app)):
         raise RuntimeError(f"nobody has said who may call {', '.join(forgotten)}")
     # Around the router, so that what no route was found for is observed, too.
-    app.asgi_handler = Observation(app.asgi_handler, metrics)
+    app.asgi_handler = Observation(app.asgi_handler, metrics, settings.body_timeout)
     return app
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import socket
 import sys
@@ -151,8 +152,25 @@ def keys() -> None:
     """The keys with which other services call."""
 
 
+class _KeyName(click.ParamType[str]):
+    """Whose a key is; it stands in the change log, in logs and in the names of counters."""
+
+    name = "name"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from user_service_server.keys.repository import ANYBODY
+
+        if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value) or value == ANYBODY:
+            self.fail(
+                f"expected 1 to 64 letters, digits, dots, hyphens or underscores, not {ANYBODY}",
+                param,
+                ctx,
+            )
+        return value
+
+
 @keys.command("create")
-@click.argument("name")
+@click.argument("name", type=_KeyName())
 @click.option(
     "--scope",
     "scopes",
@@ -163,7 +181,10 @@ def keys() -> None:
 )
 @click.option("--expires", type=DURATION, help="After how long it ends, such as 90d.")
 def create_key(name: str, scopes: tuple[str, ...], expires: timedelta | None) -> None:
-    """Make a key for the service NAME, and print it: it is never shown again."""
+    """Make a key for the service NAME, and print it: it is never shown again.
+
+    Keys of one name are one caller: they share limits and Idempotency-Keys.
+    """
     from user_service_server.keys import repository
 
     async def create() -> str:

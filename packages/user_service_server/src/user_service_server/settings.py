@@ -129,6 +129,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         int,
         Meta(ge=1, le=10**6, description="wrong passwords for one email within 15 minutes"),
     ] = 10
+    proxy_hops: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=10,
+            description="proxies in front, each of which appends to X-Forwarded-For; wrong keys are"
+            " limited per address",
+        ),
+    ] = 0
+    body_timeout: Annotated[
+        float, Meta(ge=1, le=3600, description="seconds within which a request's body must come")
+    ] = 30.0
     metrics_port: Annotated[
         Annotated[int, Meta(ge=1, le=65535)] | None,
         Meta(description="a port of its own for /metrics; empty: on PORT"),

@@ -85,13 +85,14 @@ def changes_router(
     )
     async def stream_changes(request: HTTPRequest) -> ChangeStream:
         last = request.headers.get("last-event-id")
+        caller = caller_of(request)
         stream = ChangeStream(
             feed,
             Cursor.parse(last) if last else None,
             max_life=settings.stream_max_life,
             draining=draining,
             metrics=metrics,
-            is_allowed=partial(ring.is_valid, caller_of(request)),
+            is_allowed=partial(ring.is_valid, caller) if caller.key is not None else None,
         )
         await stream.open()
         return stream

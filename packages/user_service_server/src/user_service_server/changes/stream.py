@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from litestar.types import (
     HTTPResponseBodyEvent,
@@ -17,6 +18,7 @@ from litestar.types import (
 from user_service_schemas import Reset
 
 from ..errors import ServiceError
+from ..keys.ring import WATCHED_EVERY
 from ..metrics import Metrics
 from .feed import INTERVAL, ChangeFeed, Cursor, Subscription, encode_changes, encode_event
 
@@ -25,9 +27,6 @@ SEND_TIMEOUT = 10.0
 RETRY_MS = 1000
 """After how long a reader is asked to come back; browsers and the client add their own jitter."""
 PAGE = 1000
-ASK_INTERVAL = 15.0
-"""Seconds after which it is looked whether the reader's key is still good: with the key ring's 30 s
-and a heartbeat, at most a minute after it was revoked."""
 _HEADERS = [
     (b"content-type", b"text/event-stream"),
     (b"cache-control", b"no-store"),
@@ -52,7 +51,7 @@ class ChangeStream:
         max_life: float,
         draining: asyncio.Event,
         metrics: Metrics,
-        is_allowed: Callable[[], Awaitable[bool]],
+        is_allowed: Callable[[], Awaitable[bool]] | None,
     ) -> None:
         self._is_allowed = is_allowed
         self._feed = feed
@@ -75,14 +74,22 @@ class ChangeStream:
         await send(HTTPResponseStartEvent(type="http.response.start", status=200, headers=_HEADERS))
         gone = asyncio.create_task(_disconnected(receive))
         following = asyncio.create_task(self._follow(send))
+        tasks: set[asyncio.Task[Any]] = {gone, following}
+        if self._is_allowed is not None:
+            tasks.add(asyncio.create_task(_until_refused(self._is_allowed)))
         try:
-            await asyncio.wait({gone, following}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            gone.cancel()
-            following.cancel()
-        reason = "client"
-        if following.done() and not following.cancelled():
-            reason = following.result()
+            for task in tasks:
+                task.cancel()
+        if gone in done:
+            reason = "client"
+        else:
+            if following in done:
+                reason = following.result()
+            else:
+                reason = "revoked"
+                await asyncio.wait({following})  # two at once would write into each other
             with contextlib.suppress(_TooSlow):
                 await _send(send, b"", more=False)
         self._ended.labels(reason).inc()
@@ -102,18 +109,12 @@ class ChangeStream:
             return "interrupted"  # no Postgres, or another epoch: the reader comes back and is told
 
     async def _pass_on(self, subscription: Subscription, send: Send, ends_at: float) -> str:
-        loop = asyncio.get_running_loop()
-        asked_at = loop.time()
         while not self._draining.is_set():
-            if loop.time() - asked_at >= ASK_INTERVAL:
-                asked_at = loop.time()
-                if not await self._is_allowed():
-                    return "revoked"
             chunk = await subscription.take()  # a heartbeat at the latest
             if subscription.too_slow:
                 return "too_slow"
             await _send(send, chunk)
-            if loop.time() >= ends_at:
+            if asyncio.get_running_loop().time() >= ends_at:
                 return "age"
         return "shutdown"
 
@@ -152,6 +153,11 @@ async def _send(send: Send, chunk: bytes, *, more: bool = True) -> None:
             await send(HTTPResponseBodyEvent(type="http.response.body", body=chunk, more_body=more))
     except TimeoutError as error:
         raise _TooSlow from error
+
+
+async def _until_refused(is_allowed: Callable[[], Awaitable[bool]]) -> None:
+    while await is_allowed():  # noqa: ASYNC110 - no event tells: it is asked
+        await asyncio.sleep(WATCHED_EVERY)
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Final
 
 from user_service_schemas import ChangeKind, PasswordUpdate, VerifyCredentials, canonical_email
 
-from ..errors import Invalid, InvalidCredentials, UserNotFound
+from ..errors import DependencyUnavailable, Invalid, InvalidCredentials, Overloaded, UserNotFound
 from ..http.limits import RateLimits
 from ..settings import Settings
 from ..storage.database import Database
@@ -60,14 +60,16 @@ class Credentials:
             if not await self._passwords.verify(request.password, stored) or seen is None:
                 raise InvalidCredentials
         if self._passwords.is_outdated(seen.password_hash):
-            renewed = await self._passwords.hash(request.password)
-            async with self._database.reading() as connection:
-                await repository.renew_password_hash(
-                    connection, seen.id, seen.password_hash, renewed
-                )
+            # What was right stays right when there is no time for it now: the next time, then.
+            with contextlib.suppress(DependencyUnavailable, Overloaded):
+                renewed = await self._passwords.hash(request.password)
+                async with self._database.reading() as connection:
+                    await repository.renew_password_hash(
+                        connection, seen.id, seen.password_hash, renewed
+                    )
         return str(seen.id)
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def _trying(self, subject: str) -> AsyncIterator[None]:
         """Count an attempt before it is made, so that no two pass for one; a right one is free."""
         digest = hashlib.sha256(subject.encode("utf-8", "surrogatepass")).hexdigest()

@@ -7,6 +7,7 @@ the request against the caller's limit; only then is the body read.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from typing import Any, TypeAlias
 
 from litestar import Litestar
@@ -38,11 +39,15 @@ def make_guard(settings: Settings, ring: KeyRing, limits: RateLimits) -> Guard:
     is_open = settings.auth == "off"
 
     async def guard(connection: Connection, handler: BaseRouteHandler) -> None:
-        operation: Operation = handler.opt["operation"]
+        operation: Operation | None = handler.opt.get("operation")
+        if operation is None:
+            return  # OPTIONS, which Litestar answers: the app starts with no other such route
         if is_open:
             caller = ring.anybody
         else:
-            caller = await ring.recognise(_key_of(connection), _address_of(connection))
+            caller = await ring.recognise(
+                _key_of(connection), partial(_address_of, connection, settings.proxy_hops)
+            )
         if operation.scope not in caller.scopes:
             raise Forbidden
         connection.scope["state"][_STATE] = caller
@@ -58,8 +63,16 @@ def _key_of(connection: Connection) -> str:
     return key.strip()
 
 
-def _address_of(connection: Connection) -> str:
-    return connection.client.host if connection.client else ""
+def _address_of(connection: Connection, proxy_hops: int) -> str:
+    """Return from where a request comes, past so many proxies of our own.
+
+    Each of them appends who called it: what stands further left anybody may have written.
+    """
+    host = connection.client.host if connection.client else ""
+    if not proxy_hops:
+        return host
+    told = ",".join(connection.headers.getall("x-forwarded-for", [])).split(",")
+    return told[-proxy_hops].strip() if len(told) >= proxy_hops else host
 
 
 def routes_without_scope(app: Litestar) -> Iterator[str]:

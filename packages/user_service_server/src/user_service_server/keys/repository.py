@@ -18,6 +18,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..storage.tables import service_keys
 
+ANYBODY = "anonymous"
+"""The name of who calls without a key, where none is needed. No key has it."""
+
 _ID_ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
 _NOTE_USED = text("""
     UPDATE service_keys SET last_used_at = greatest(last_used_at, used.at)
@@ -28,13 +31,16 @@ _NOTE_USED = text("""
 
 @dataclass(frozen=True, slots=True)
 class StoredKey:
-    """A key as it is stored. After a rotation it is `revoked` when the grace is over."""
+    """A key as it is stored. It has `ended` when it is revoked or expired, by Postgres' clock.
+
+    After a rotation it is revoked in the future, when the grace is over.
+    """
 
     name: str
     secret_digest: bytes
     scopes: Sequence[str]
     expires_at: datetime | None
-    revoked: bool
+    ended: bool
 
 
 def digest_secret(secret: str) -> bytes:
@@ -51,14 +57,14 @@ async def find_key(connection: AsyncConnection, key_id: str) -> StoredKey | None
             c.secret_digest,
             c.scopes,
             c.expires_at,
-            (c.revoked_at <= func.now()).label("revoked"),
+            (func.least(c.revoked_at, c.expires_at) <= func.now()).label("ended"),
         ).where(c.id == key_id)
     )
     row = found.first()
     if row is None:
         return None
     return StoredKey(
-        row.name, bytes(row.secret_digest), row.scopes, row.expires_at, bool(row.revoked)
+        row.name, bytes(row.secret_digest), row.scopes, row.expires_at, bool(row.ended)
     )
 
 
