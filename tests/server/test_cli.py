@@ -109,7 +109,9 @@ def test_wrong_setting_ends_a_command_with_one_line(
 
 
 @pytest.mark.parametrize(
-    "secret", ["", "<your-secret-key>", "k3y-of-31-characters-0123456789", "change-me", "a" * 64], ids=ascii
+    "secret",
+    ["", "<your-secret-key>", "k3y-of-31-characters-0123456789", "change-me", "a" * 64],
+    ids=ascii,
 )
 def test_serve_with_keys_needs_a_secret_of_its_own(directory: Path, secret: str) -> None:
     code, output, errors = run(directory, "serve", **URLS, SECRET_KEY=secret)

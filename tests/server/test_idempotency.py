@@ -140,7 +140,7 @@ class Routes:
         }
 
 
-READING = {"lookup_users", "batch_users", "verify_credentials"}
+READING = {"lookup_users", "batch_users", "resolve_deliveries", "verify_credentials"}
 """Operations that are sent by POST and write nothing."""
 
 

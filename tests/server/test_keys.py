@@ -129,9 +129,7 @@ async def test_a_wrong_secret_beside_the_right_one_neither_gets_in_nor_keeps_out
 ) -> None:
     wrong = f"usk_{id_of(key)}_{'0' * 64}"
     with lookups.held():
-        asked = [
-            asyncio.create_task(ring.recognise(one, here)) for one in (wrong, key, wrong, key)
-        ]
+        asked = [asyncio.create_task(ring.recognise(one, here)) for one in (wrong, key, wrong, key)]
         await settle()
     told = await asyncio.gather(*asked, return_exceptions=True)
     assert [type(one).__name__ for one in told] == ["Unauthenticated", "Caller"] * 2
