@@ -1,4 +1,4 @@
-"""The project's sessions: dev, tests, chaos, lint, types, package and pin."""
+"""The project's sessions: dev, tests, chaos, lint, types, audit, package and pin."""
 
 import os
 import shutil
@@ -88,6 +88,13 @@ def types(session: nox.Session) -> None:
     """Check the types of packages, tests and this file."""
     _install(session, *EDITABLE, *_group("types"))
     session.run("mypy")
+
+
+@nox.session
+def audit(session: nox.Session) -> None:
+    """Ask for known flaws of all that constraints.txt names. Needs the network: see security.md."""
+    session.install("pip-audit")
+    session.run("pip-audit", "--requirement", CONSTRAINTS, "--no-deps", "--disable-pip")
 
 
 @nox.session

@@ -355,9 +355,9 @@ async def test_slow_headers_of_five_hundred_hold_nobody_up(
     before = memory(server)
     opened = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(500)]
     try:
-        for _ in range(3):
+        for round_ in range(3):
             for _, writer in opened:
-                writer.write(b"GET / HTTP/1.1\r\nX-Slow: " if _ == 0 else b"a")
+                writer.write(b"a" if round_ else b"GET / HTTP/1.1\r\nX-Slow: ")
             took = []
             for _ in range(20):
                 began = time.monotonic()

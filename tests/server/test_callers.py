@@ -92,7 +92,7 @@ async def bad_keys(settings: Settings) -> dict[str, str | None]:
 
 def routes_of(app: Litestar) -> list[Route]:
     """Return the operation, method and path of every route under /api."""
-    found = []
+    found: list[Route] = []
     for route in app.routes:
         if isinstance(route, HTTPRoute) and route.path.startswith("/api/"):
             for handler in route.route_handlers:
@@ -101,7 +101,7 @@ def routes_of(app: Litestar) -> list[Route]:
                     for name in ("user_id", "device_id"):
                         path = path.replace(f"{{{name}:str}}", NOBODY)
                         path = path.replace(f"{{{name}}}", NOBODY)
-                    found.append((handler.opt["operation"].id, method, path))
+                    found.append((handler.opt["operation"].id, str(method), path))
     assert len(found) > 20
     return found
 
@@ -263,7 +263,7 @@ async def test_the_app_does_not_start_with_a_route_that_has_no_scope(
                 "deliveries_router",
                 lambda _, handler=handler: Router("/deliveries", route_handlers=[handler]),
             )
-            with pytest.raises(RuntimeError, match="nobody has said who may call .*GET.*/api/v1"):
+            with pytest.raises(RuntimeError, match=r"nobody has said who may call .*GET.*/api/v1"):
                 create_app(settings)
 
 

@@ -121,7 +121,7 @@ async def test_many_requests_of_a_caller_are_few_calls(
     database_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = 0
-    run = RedisLink._run_all  # noqa: SLF001
+    run = RedisLink._run_all
 
     async def counted(self: RedisLink, commands: object) -> object:
         nonlocal calls
@@ -182,19 +182,19 @@ async def test_without_redis_requests_pass_and_passwords_are_counted_here(
 ) -> None:
     limits_of = {"RATE_LIMIT_READ": "3", "RATE_LIMIT_CREDENTIALS": "3", "PASSWORD_FAILURES": "2"}
     for trouble in (stopped, paused):
-        async with limiting(database_url, redis_url, 1, **limits_of, REDIS_TIMEOUT_MS="100") as [
-            limits
-        ]:
-            async with trouble(valkey):
-                began = time.monotonic()
-                read = [await attempt(limits, "sender") for _ in range(20)]
-                tried = [await attempt(limits, "login", Traffic.CREDENTIALS) for _ in range(5)]
-                took = time.monotonic() - began
-                assert read == [True] * 20
-                assert tried == [True] * 3 + [False] * 2
-                for _ in range(2):
-                    await limits.take_strictly("password:x", 2, 900)
-                with pytest.raises(RateLimited):
-                    await limits.take_strictly("password:x", 2, 900)
-                await limits.give_back("password:x")
-                assert took < 2, "the breaker lets nobody wait"
+        async with (
+            limiting(database_url, redis_url, 1, **limits_of, REDIS_TIMEOUT_MS="100") as [limits],
+            trouble(valkey),
+        ):
+            began = time.monotonic()
+            read = [await attempt(limits, "sender") for _ in range(20)]
+            tried = [await attempt(limits, "login", Traffic.CREDENTIALS) for _ in range(5)]
+            took = time.monotonic() - began
+            assert read == [True] * 20
+            assert tried == [True] * 3 + [False] * 2
+            for _ in range(2):
+                await limits.take_strictly("password:x", 2, 900)
+            with pytest.raises(RateLimited):
+                await limits.take_strictly("password:x", 2, 900)
+            await limits.give_back("password:x")
+            assert took < 2, "the breaker lets nobody wait"

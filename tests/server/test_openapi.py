@@ -208,7 +208,10 @@ def exercise(call: Caller, operation: AnyOperation, mode: GenerationMode) -> Non
         assert sent.method is not None
         assert sent.url is not None
         # Latin-1 as in HTTP: a made-up Authorization may have any of it.
-        headers = {name: value.encode("latin-1") for name, value in sent.headers.items()}
+        headers = {
+            name: value if isinstance(value, bytes) else value.encode("latin-1")
+            for name, value in sent.headers.items()
+        }
         answer = call(sent.method, sent.url, headers=headers, content=sent.body)
         case.validate_response(answer, checks=CHECKS)
 

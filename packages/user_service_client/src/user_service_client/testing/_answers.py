@@ -39,6 +39,8 @@ from user_service_schemas import (
     RuleViolation,
     User,
     UserUpdate,
+    VerifiedUser,
+    VerifyCredentials,
     decode_request,
 )
 
@@ -182,6 +184,7 @@ class Routes:
             "users.update": self._update_user,
             "users.delete": self._delete_user,
             "users.set_password": self._set_password,
+            "credentials.verify": self._verify_credentials,
             "preferences.get": self._get_preferences,
             "preferences.update": self._update_preferences,
             "preferences.history": self._list_history,
@@ -299,6 +302,11 @@ class Routes:
             return success(None, "Password set"), user_id
 
         return self._once(ask, set_password)
+
+    def _verify_credentials(self, ask: Ask) -> Answer:
+        data = _body(ask, VerifyCredentials)
+        user_id = self._directory.verify(data.email, data.password)
+        return success(VerifiedUser(user_id=user_id), "Credentials verified")
 
     # Preferences
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import random
 from collections.abc import Callable, Sequence
@@ -250,6 +251,15 @@ class Directory:
         self._account(user_id, condition)
         account.password = _digest(request.password)
         self._conclude({user_id: ChangeKind.PASSWORD_UPDATED})
+
+    def verify(self, email: str, password: str) -> str:
+        """Return whose email and password these are."""
+        with contextlib.suppress(ValueError):
+            key = email_key(email)
+            for account in self._accounts.values():
+                if account.profile["email_key"] == key and account.password == _digest(password):
+                    return account.id
+        raise Refusal(ErrorCode.INVALID_CREDENTIALS)
 
     # Preferences
 

@@ -30,6 +30,7 @@ _PATHS: Mapping[str, Mapping[str, str]] = {
         "PATCH": "devices.update",
         "DELETE": "devices.remove",
     },
+    "/api/v1/credentials/verify": {"POST": "credentials.verify"},
     "/api/v1/changes": {"GET": "changes.list"},
     "/api/v1/changes/stream": {"GET": STREAM},
     "/health": {"GET": "health"},
