@@ -80,6 +80,8 @@ def ks_p_value(one: Sequence[float], two: Sequence[float]) -> float:
     )
     size = len(first) * len(second) / (len(first) + len(second))
     reach = (math.sqrt(size) + 0.12 + 0.11 / math.sqrt(size)) * distance
+    if reach < 0.2:
+        return 1.0  # where the series does not converge, it is 1
     terms = [math.exp(-2 * k * k * reach * reach) for k in range(1, 101)]
     return min(1.0, max(0.0, 2 * (sum(terms[::2]) - sum(terms[1::2]))))
 
