@@ -1,4 +1,4 @@
-"""The project's sessions: dev, tests, chaos, bench, lint, types, package and pin."""
+"""The project's sessions: dev, tests, chaos, bench, lint, types, audit, package and pin."""
 
 import os
 import shutil
@@ -96,6 +96,13 @@ def types(session: nox.Session) -> None:
     _install(session, *EDITABLE, *_group("types"))
     session.run("mypy")
     session.run("basedpyright")
+
+
+@nox.session
+def audit(session: nox.Session) -> None:
+    """Ask for known flaws of all that constraints.txt names. Needs the network: see security.md."""
+    session.install("pip-audit")
+    session.run("pip-audit", "--requirement", CONSTRAINTS, "--no-deps", "--disable-pip")
 
 
 @nox.session

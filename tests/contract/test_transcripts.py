@@ -20,8 +20,13 @@ Ask = Callable[..., Awaitable[httpx.Response]]
 """Takes a method, a path and httpx's keywords; what it is answered is compared."""
 
 JSON = {"Content-Type": "application/json"}
-SHELL = ("date", "server", "content-length", "x-request-id")
-"""Headers that are of the connection, or of the length of times and ids."""
+VERIFY = "/api/v1/credentials/verify"
+SHELL = (
+    *("date", "server", "content-length", "x-request-id"),
+    *("ratelimit", "ratelimit-policy", "x-content-type-options"),
+)
+"""Headers that are of the connection, of the length of times and ids, or of limits, of which the
+fake has none."""
 
 
 class Transcript:
@@ -399,6 +404,17 @@ async def passwords(ask: Ask) -> None:
         {},
     ):
         await ask("PUT", path, json=body)
+    for email, password in (
+        ("Ada@passwords.example.com", "Another-Pass-3"),
+        ("ada@passwords.example.com", PASSWORD),
+        ("ada@passwords.example.com", ""),
+        ("nobody@passwords.example.com", PASSWORD),
+        ("a@b", PASSWORD),
+        ("no email", PASSWORD),
+        ("ada@passwords.example.com", "x" * 1025),
+        ("ada@passwords.example.com", None),
+    ):
+        await ask("POST", VERIFY, json={"email": email, "password": password})
     await ask("PUT", f"{USERS}/{NOBODY}/password", json={"password": "Another-Pass-1"})
     await ask("GET", path.removesuffix("/password"))
 

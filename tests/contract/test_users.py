@@ -225,6 +225,24 @@ async def test_a_password_is_set_if_the_current_one_is_right(client: UserService
     assert await client.users.get(user.id) == user, "it is no part of the document"
 
 
+async def test_whose_a_password_is(client: UserServiceClient) -> None:
+    user = await client.users.create(name="Ada", email=new_email(), password=PASSWORD)
+    assert await client.credentials.verify(user.email.upper(), PASSWORD) == user.id
+    for email, password in (
+        (user.email, "Wrong-Pass-1"),
+        (user.email, ""),
+        (new_email(), PASSWORD),
+    ):
+        with pytest.raises(Unauthenticated) as wrong:
+            await client.credentials.verify(email, password)
+        assert wrong.value.code == ErrorCode.INVALID_CREDENTIALS
+    await client.users.set_password(user.id, "Another-Pass-1")
+    assert await client.credentials.verify(user.email, "Another-Pass-1") == user.id
+    await client.users.delete(user.id)
+    with pytest.raises(Unauthenticated):
+        await client.credentials.verify(user.email, "Another-Pass-1")
+
+
 async def test_ids_are_found_in_any_case_and_with_a_slash(raw: httpx.AsyncClient) -> None:
     user = await register(raw)
     for path in (f"{USERS}/{user['id'].upper()}", f"{USERS}/{user['id']}/"):

@@ -108,11 +108,17 @@ def test_wrong_setting_ends_a_command_with_one_line(
     assert errors.count("\n") == 1
 
 
-def test_serve_needs_auth_to_be_off(directory: Path) -> None:
-    code, output, errors = run(directory, "serve", **URLS)
+@pytest.mark.parametrize(
+    "secret",
+    ["", "<your-secret-key>", "k3y-of-31-characters-0123456789", "change-me", "a" * 64],
+    ids=ascii,
+)
+def test_serve_with_keys_needs_a_secret_of_its_own(directory: Path, secret: str) -> None:
+    code, output, errors = run(directory, "serve", **URLS, SECRET_KEY=secret)
     assert (code, output) == (2, "")
-    assert errors.startswith("AUTH=required needs service keys, which this release does not have")
+    assert errors.startswith("SECRET_KEY is missing, a placeholder, or shorter than 32 characters")
     assert errors.count("\n") == 1
+    assert not secret or secret not in errors
 
 
 def test_unreachable_postgres_ends_migrate_with_one_line(directory: Path) -> None:

@@ -19,6 +19,7 @@ CONTRACT = {
     403: {"forbidden"},
     404: {"user_not_found", "device_not_found", "route_not_found"},
     405: {"method_not_allowed"},
+    408: {"request_timeout"},
     409: {"email_taken", "external_id_taken", "idempotency_in_progress"},
     412: {"version_mismatch"},
     413: {"body_too_large"},

@@ -180,7 +180,8 @@ def test_every_body_has_a_schema_that_refuses_unknown_fields(
 def test_the_example_of_every_body_works(call: Caller, operations: Operations) -> None:
     ids = someone(call)
     tried = 0
-    for (method, path), operation in operations.items():
+    # A password can be verified once there is somebody who has it.
+    for (method, path), operation in sorted(operations.items(), key=lambda o: "verify" in o[0][1]):
         if "requestBody" in operation:
             example = operation["requestBody"]["content"]["application/json"]["example"]
             answer = call(method, path.format(**ids), json=example)
@@ -206,7 +207,12 @@ def exercise(call: Caller, operation: AnyOperation, mode: GenerationMode) -> Non
         sent = requests.Request(**case.as_transport_kwargs(base_url="http://test")).prepare()
         assert sent.method is not None
         assert sent.url is not None
-        answer = call(sent.method, sent.url, headers=dict(sent.headers), content=sent.body)
+        # Latin-1 as in HTTP: a made-up Authorization may have any of it.
+        headers = {
+            name: value if isinstance(value, bytes) else value.encode("latin-1")
+            for name, value in sent.headers.items()
+        }
+        answer = call(sent.method, sent.url, headers=headers, content=sent.body)
         case.validate_response(answer, checks=CHECKS)
 
     conforms()

@@ -5,7 +5,8 @@ import json
 
 import httpx
 
-from ..engines import Engines
+from ..engines import Engines, settings_for
+from ..keys import EVERYTHING, REQUIRED, SECRET_KEY, make_key, showing
 from ..servers import serving
 
 PERSON = {
@@ -24,7 +25,9 @@ OTHER = {
 }
 TOKENS = ["fcm:SECRETTOKEN-aaaa-bbbb-cccc", "apns:SECRETTOKEN-dddd-eeee"]
 NEW_PASSWORD = "third-ocelot-Staple-79"
-PERSONAL = [*PERSON.values(), *OTHER.values(), *TOKENS, NEW_PASSWORD]
+WRONG_PASSWORD = "fourth-gnu-Staple-80"
+NOBODYS_KEY = f"usk_{'q' * 12}_{'7e57' * 16}"
+PERSONAL = [*PERSON.values(), *OTHER.values(), *TOKENS, NEW_PASSWORD, WRONG_PASSWORD, NOBODYS_KEY]
 
 
 class Caller:
@@ -61,6 +64,9 @@ async def live(caller: Caller) -> str:
     passwords = {"password": NEW_PASSWORD, "current_password": PERSON["password"]}
     await caller.send("PUT", f"{user}/password", passwords)
     await caller.send("PUT", f"{user}/password", passwords)
+    for password in (NEW_PASSWORD, WRONG_PASSWORD):
+        tried = {"email": PERSON["email"], "password": password}
+        await caller.send("POST", "/api/v1/credentials/verify", tried)
     # What is refused: taken, not valid, in the wrong place, unreadable, nowhere.
     await caller.send("POST", "/api/v1/users/", {**PERSON, "external_id": None})
     await caller.send("PATCH", user, {"email": OTHER["email"]})
@@ -77,9 +83,14 @@ async def live(caller: Caller) -> str:
 async def test_logs_hold_request_ids_and_nothing_personal(own_engines: Engines) -> None:
     database = own_engines.create_database("logs")
     valkey, postgres = own_engines.valkey, own_engines.postgres
-    with serving(database, valkey.url, LOG_LEVEL="debug") as server:
+    key = await make_key(settings_for(database, valkey.url), "logged", *EVERYTHING)
+    with serving(database, valkey.url, **REQUIRED, LOG_LEVEL="debug") as server:
         async with httpx.AsyncClient(base_url=server.url, timeout=15) as http:
             caller = Caller(http)
+            for wrong in (NOBODYS_KEY, f"{key[:16]}_{'0' * 64}", NOBODYS_KEY[:-1]):
+                http.headers.update(showing(wrong))
+                assert (await caller.send("GET", "/api/v1/users")).status_code == 401
+            http.headers.update(showing(key))
             user = await live(caller)
             # A statement that Postgres has to refuse, with the values of a person in it.
             psql = ("psql", "-h", str(postgres.socket_dir), "-d", "logs", "-qc")
@@ -101,6 +112,7 @@ async def test_logs_hold_request_ids_and_nothing_personal(own_engines: Engines) 
     (crash,) = [entry for entry in entries if entry["event"] == "request.crashed"]
     assert crash["request_id"] in caller.ids
     said = log + postgres.log_path.read_text()
-    words = {word for value in PERSONAL for word in {value, *value.split()}}
+    secrets = [*PERSONAL, key, key.split("_")[2], SECRET_KEY]
+    words = {word for value in secrets for word in {value, *value.split()}}
     words |= {word.replace("@", "%40") for word in words}
     assert [word for word in sorted(words) if word.lower() in said.lower()] == []

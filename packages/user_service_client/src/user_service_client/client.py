@@ -14,6 +14,7 @@ from user_service_client._cache import CacheOptions, CacheStats, DocumentCache
 from user_service_client._calls import ApiKey, Call, CallOptions, Calls, Id, id_text
 from user_service_client._changes import ChangesOfUsers
 from user_service_client._clock import Clock, SystemClock
+from user_service_client._credentials import Credentials
 from user_service_client._deliveries import Deliveries
 from user_service_client._devices import Devices
 from user_service_client._feedback import Feedback
@@ -77,6 +78,7 @@ class UserServiceClient:
         devices: Where a push can reach users.
         deliveries: Whether a message may go to a user now.
         feedback: Reporting what the providers said.
+        credentials: Whose email and password these are.
         changes: What was changed, page by page.
         cache: The client's own copies of users.
 
@@ -126,6 +128,7 @@ class UserServiceClient:
         self.devices = Devices(calls, writes)
         self.deliveries = Deliveries(calls, self._documents, clock)
         self.feedback = Feedback(calls)
+        self.credentials = Credentials(calls)
         self.changes = ChangesOfUsers(calls)
         self.cache = Cache(self._documents)
 

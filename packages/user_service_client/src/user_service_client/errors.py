@@ -159,7 +159,8 @@ class BadRequest(ApiError):
 
 
 class Unauthenticated(ApiError):
-    """401: the key is missing or not known, or the current password is wrong."""
+    """401: the key is missing or not known (`unauthenticated`), or what was to be verified, or the
+    current password, is wrong (`invalid_credentials`)."""
 
 
 class Forbidden(ApiError):

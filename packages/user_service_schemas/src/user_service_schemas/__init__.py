@@ -5,6 +5,7 @@ from __future__ import annotations
 from ._base import FrozenDict, Request, Response
 from .catalogue import Catalogue, Mode
 from .changes import Change, ChangeKind, Changes, Heartbeat, Reset
+from .credentials import VerifiedUser, VerifyCredentials
 from .decisions import UnknownRules, check_delivery, decide, is_decidable
 from .deliveries import (
     MAX_RECIPIENTS,
@@ -51,6 +52,7 @@ from .rules import (
     preference_changes,
     token_digest,
 )
+from .scopes import Scope
 from .users import (
     MAX_BATCH,
     RULES,
@@ -128,10 +130,13 @@ __all__ = [
     "ResolveDeliveries",
     "Response",
     "RuleViolation",
+    "Scope",
     "UnknownRules",
     "User",
     "UserUpdate",
     "Verdict",
+    "VerifiedUser",
+    "VerifyCredentials",
     "canonical_email",
     "check_delivery",
     "convert_request",

@@ -21,6 +21,7 @@ class ErrorCode(StrEnum):
     DEVICE_NOT_FOUND = "device_not_found"
     ROUTE_NOT_FOUND = "route_not_found"
     METHOD_NOT_ALLOWED = "method_not_allowed"
+    REQUEST_TIMEOUT = "request_timeout"
     EMAIL_TAKEN = "email_taken"
     EXTERNAL_ID_TAKEN = "external_id_taken"
     IDEMPOTENCY_IN_PROGRESS = "idempotency_in_progress"
@@ -46,6 +47,7 @@ STATUS_OF: Mapping[ErrorCode, int] = MappingProxyType(
         ErrorCode.DEVICE_NOT_FOUND: 404,
         ErrorCode.ROUTE_NOT_FOUND: 404,
         ErrorCode.METHOD_NOT_ALLOWED: 405,
+        ErrorCode.REQUEST_TIMEOUT: 408,
         ErrorCode.EMAIL_TAKEN: 409,
         ErrorCode.EXTERNAL_ID_TAKEN: 409,
         ErrorCode.IDEMPOTENCY_IN_PROGRESS: 409,

@@ -27,14 +27,17 @@ from .feedback.routes import feedback_router
 from .feedback.service import Feedback
 from .health.routes import health_router, metrics_router
 from .http.bodies import MAX_BODY, StrictBody
+from .http.callers import make_guard, routes_without_scope
 from .http.docs import get_docs_file, get_openapi, show_docs
 from .http.failures import answer_failure
 from .http.idempotency import Idempotency
+from .http.limits import RateLimits
 from .http.observation import Observation
+from .keys.ring import KeyRing
 from .metrics import Metrics
 from .preferences.routes import preferences_router
 from .preferences.service import PreferenceCenter
-from .settings import Settings, SettingsError
+from .settings import Settings, check_secret_key
 from .storage.cache import DocumentCache
 from .storage.database import Database
 from .storage.document import DocumentShape
@@ -55,13 +58,9 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
     """Make the app. It connects in its lifespan, and is not ready once `draining` is set.
 
     Raises:
-        SettingsError: the settings ask for what this release does not have.
+        SettingsError: callers need keys, and there is no SECRET_KEY.
     """
-    if settings.auth != "off":
-        raise SettingsError(
-            "AUTH=required needs service keys, which this release does not have; set AUTH=off"
-            " where nobody else can reach the port"
-        )
+    check_secret_key(settings)
     draining = draining or asyncio.Event()
     release = version("user-service-server")
     metrics = Metrics()
@@ -76,7 +75,9 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
     passwords = Passwords(settings)
     idempotency = Idempotency(settings, database, metrics)
     users = Users(settings, documents, passwords)
-    credentials = Credentials(database, documents, passwords)
+    limits = RateLimits(settings, link, metrics)
+    ring = KeyRing(database, metrics)
+    credentials = Credentials(settings, database, documents, passwords, limits)
     preferences = PreferenceCenter(settings, database, documents)
     devices = Devices(settings, database, documents)
     deliveries = Deliveries(settings, documents)
@@ -108,6 +109,7 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
             stack.push_async_callback(documents.close)
             stack.push_async_callback(feed.close)
             stack.push_async_callback(upkeep.close)
+            stack.push_async_callback(ring.close)
             if settings.metrics_port is not None:
                 server, _thread = prometheus_client.start_http_server(
                     settings.metrics_port, settings.host, metrics.registry
@@ -118,9 +120,11 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
             await link.start(REDIS_PATIENCE)
             await feed.start()
             upkeep.start()
+            ring.start()
             ending = asyncio.create_task(_end_streams(feed, draining))
             stack.callback(ending.cancel)
-            _log.warning("auth.off", note="every caller may do everything")
+            if settings.auth == "off":
+                _log.warning("auth.off", note="every caller may do everything")
             yield
 
     api = Router(
@@ -132,8 +136,9 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
             credentials_router(credentials, idempotency),
             deliveries_router(deliveries),
             feedback_router(feedback, documents, idempotency),
-            changes_router(feed, settings, draining, metrics),
+            changes_router(feed, settings, draining, metrics, ring),
         ],
+        guards=[make_guard(settings, ring, limits)],
     )
     health = health_router(release, database=database, state=state, link=link, draining=draining)
     app = Litestar(
@@ -152,8 +157,10 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
         openapi_config=None,
         logging_config=None,
     )
+    if forgotten := list(routes_without_scope(app)):
+        raise RuntimeError(f"nobody has said who may call {', '.join(forgotten)}")
     # Around the router, so that what no route was found for is observed, too.
-    app.asgi_handler = Observation(app.asgi_handler, metrics)
+    app.asgi_handler = Observation(app.asgi_handler, metrics, settings.body_timeout)
     return app
 
 

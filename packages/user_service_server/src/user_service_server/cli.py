@@ -1,4 +1,6 @@
-"""Owns the commands: serve, dev, migrate, devices, epoch, settings."""
+"""Owns the commands: serve, dev, migrate, keys, devices, epoch, settings."""
+
+from __future__ import annotations
 
 import asyncio
 import contextlib
@@ -7,13 +9,14 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import click
 import uvloop
+from user_service_schemas import Scope
 
 from user_service_server.embedded import EmbeddedError, EmbeddedPostgres, EmbeddedValkey
 from user_service_server.errors import ServiceError
@@ -28,12 +31,33 @@ from user_service_server.settings import (
 )
 
 if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
     from user_service_server.devices.sweeps import Step, Sweeps
 
 # ruff: noqa: PLC0415
 # The tables and the application are imported by the commands that need them: `settings` and
 # `--help` answer at once, and a wrong setting is named before anything else can fail.
 
+
+class _Duration(click.ParamType[timedelta]):
+    """A number with its unit: `90d`, `24h`, `30m`, `10s`."""
+
+    name = "duration"
+
+    def convert(
+        self, value: str | timedelta, param: click.Parameter | None, ctx: click.Context | None
+    ) -> timedelta:
+        if isinstance(value, timedelta):
+            return value
+        units = {"d": "days", "h": "hours", "m": "minutes", "s": "seconds"}
+        number, unit = value[:-1], value[-1:]
+        if not number.isdecimal() or unit not in units or len(number) > 5:
+            self.fail("expected a duration such as 90d, 24h, 30m or 10s", param, ctx)
+        return timedelta(**{units[unit]: int(number)})
+
+
+DURATION = _Duration()
 _DOTENV = Path(".env")
 _DATABASE = "users"
 
@@ -72,11 +96,6 @@ def commands() -> None:
 def serve() -> None:
     """Serve, with the settings of the environment and of .env."""
     settings = load_settings(os.environ, _DOTENV)
-    if settings.auth != "off":
-        raise SettingsError(
-            "AUTH=required needs service keys, which this release does not have; "
-            "set AUTH=off where only trusted callers reach the port"
-        )
     _configure_logs(settings)
     _run(settings)
 
@@ -131,6 +150,111 @@ def migrate() -> None:
 
 
 @commands.group()
+def keys() -> None:
+    """The keys with which other services call."""
+
+
+class _KeyName(click.ParamType[str]):
+    """Whose a key is; it stands in the change log, in logs and in the names of counters."""
+
+    name = "name"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from user_service_server.keys.repository import ANYBODY
+
+        if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value) or value == ANYBODY:
+            self.fail(
+                f"expected 1 to 64 letters, digits, dots, hyphens or underscores, not {ANYBODY}",
+                param,
+                ctx,
+            )
+        return value
+
+
+@keys.command("create")
+@click.argument("name", type=_KeyName())
+@click.option(
+    "--scope",
+    "scopes",
+    multiple=True,
+    required=True,
+    type=click.Choice([scope.value for scope in Scope]),
+    help="What it may do; give it once for each.",
+)
+@click.option("--expires", type=DURATION, help="After how long it ends, such as 90d.")
+def create_key(name: str, scopes: tuple[str, ...], expires: timedelta | None) -> None:
+    """Make a key for the service NAME, and print it: it is never shown again.
+
+    Keys of one name are one caller: they share limits and Idempotency-Keys.
+    """
+    from user_service_server.keys import repository
+
+    async def create() -> str:
+        async with _connected() as connection:
+            return await repository.create_key(connection, name, sorted(set(scopes)), expires)
+
+    print(asyncio.run(create()))
+
+
+@keys.command("list")
+def list_keys() -> None:
+    """Print all keys, without their secrets."""
+    from user_service_server.keys import repository
+
+    async def read() -> list[tuple[str, ...]]:
+        async with _connected() as connection:
+            return [
+                (
+                    row.id,
+                    row.name,
+                    " ".join(row.scopes),
+                    *map(_shown, (row.created_at, row.expires_at)),
+                    *map(_shown, (row.revoked_at, row.last_used_at)),
+                )
+                for row in await repository.list_keys(connection)
+            ]
+
+    header = ("ID", "NAME", "SCOPES", "CREATED", "EXPIRES", "REVOKED", "LAST USED")
+    _print_table([header, *asyncio.run(read())])
+
+
+@keys.command("revoke")
+@click.argument("key_id", metavar="ID")
+def revoke_key(key_id: str) -> None:
+    """End the key ID (the part between usk_ and the secret): servers see it within 30 s."""
+    from user_service_server.keys import repository
+
+    async def revoke() -> bool:
+        async with _connected() as connection:
+            return await repository.revoke_key(connection, key_id, timedelta())
+
+    if not asyncio.run(revoke()):
+        raise click.ClickException("there is no such key, or it was revoked before")
+
+
+@keys.command("rotate")
+@click.argument("key_id", metavar="ID")
+@click.option("--grace", type=DURATION, default="24h", show_default=True)
+@click.option("--expires", type=DURATION, help="After how long the new one ends.")
+def rotate_key(key_id: str, grace: timedelta, expires: timedelta | None) -> None:
+    """Make a key like ID and print it; ID itself ends after the grace."""
+    from user_service_server.keys import repository
+
+    async def rotate() -> str | None:
+        async with _connected() as connection:
+            old = await repository.read_to_rotate(connection, key_id)
+            if old is None:
+                return None
+            await repository.revoke_key(connection, key_id, grace)
+            return await repository.create_key(connection, old.name, old.scopes, expires)
+
+    made = asyncio.run(rotate())
+    if made is None:
+        raise click.ClickException("there is no such key, or it was revoked before")
+    print(made)
+
+
+@commands.group()
 def epoch() -> None:
     """The mark by which caches, clients and cursors know the database they belong to."""
 
@@ -182,7 +306,7 @@ def devices() -> None:
 def prune(older_than: timedelta) -> None:
     """Deactivate the devices that were not seen for long (reason: stale)."""
 
-    async def work(sweeps: "Sweeps") -> None:
+    async def work(sweeps: Sweeps) -> None:
         now = await sweeps.now()
         done = await _show_steps(sweeps, "Pruning", sweeps.prune(now - older_than))
         print(f"Deactivated {done.changed} devices of {done.users} users.")
@@ -203,7 +327,7 @@ def prune(older_than: timedelta) -> None:
 def reactivate(since: datetime, reason: str) -> None:
     """Undo what feedback or prune has done wrongly: activate the devices again."""
 
-    async def work(sweeps: "Sweeps") -> None:
+    async def work(sweeps: Sweeps) -> None:
         steps = sweeps.reactivate(since, reason)
         done = await _show_steps(sweeps, "Reactivating", steps)
         print(f"Reactivated {done.changed} devices of {done.users} users.")
@@ -219,7 +343,7 @@ class _Done(NamedTuple):
     left: int
 
 
-async def _show_steps(sweeps: "Sweeps", label: str, steps: "AsyncIterator[Step]") -> _Done:
+async def _show_steps(sweeps: Sweeps, label: str, steps: AsyncIterator[Step]) -> _Done:
     """Do the steps, with a bar on standard error if that is a terminal; returns what was done."""
     changed = users = left = 0
     with click.progressbar(
@@ -234,7 +358,7 @@ async def _show_steps(sweeps: "Sweeps", label: str, steps: "AsyncIterator[Step]"
     return _Done(changed, users, left)
 
 
-def _sweep(work: "Callable[[Sweeps], Coroutine[None, None, None]]") -> None:
+def _sweep(work: Callable[[Sweeps], Coroutine[None, None, None]]) -> None:
     from user_service_server.app import opened_sweeps
 
     settings = load_settings(os.environ, _DOTENV)
@@ -251,11 +375,7 @@ def _sweep(work: "Callable[[Sweeps], Coroutine[None, None, None]]") -> None:
 def print_settings() -> None:
     """Print every setting with what is in force, its default and its meaning."""
     rows = describe_settings(os.environ, _DOTENV)
-    table = [("NAME", "IN FORCE", "DEFAULT", "MEANING"), *rows]
-    widths = [max(len(row[column]) for row in table) for column in range(3)]
-    for row in table:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        print("  ".join([*cells, row[3]]))
+    _print_table([("NAME", "IN FORCE", "DEFAULT", "MEANING"), *rows])
     load_settings(os.environ, _DOTENV)
 
 
@@ -273,6 +393,28 @@ def _run(
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run())
+
+
+@contextlib.asynccontextmanager
+async def _connected() -> AsyncIterator[AsyncConnection]:
+    """Give a connection, and commit what was done on it."""
+    from user_service_server.storage.database import connected
+
+    async with connected(load_settings(os.environ, _DOTENV)) as connection:
+        yield connection
+        await connection.commit()
+
+
+def _shown(instant: datetime | None) -> str:
+    return "-" if instant is None else instant.isoformat(" ", "seconds")
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows, of which the last column may be long."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        print("  ".join([*cells, row[-1]]))
 
 
 def _configure_logs(settings: Settings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -53,6 +54,35 @@ class Invalid(ServiceError):
     message = "The request has fields that are not valid."
 
 
+class Unauthenticated(ServiceError):
+    code = ErrorCode.UNAUTHENTICATED
+    message = "A valid service key is needed: Authorization: Bearer usk_…"
+
+    def __init__(self) -> None:
+        super().__init__(headers=[("WWW-Authenticate", "Bearer")])
+
+
+class Forbidden(ServiceError):
+    code = ErrorCode.FORBIDDEN
+    message = "The service key does not have the scope that this needs."
+
+
+class RateLimited(ServiceError):
+    code = ErrorCode.RATE_LIMITED
+    message = "Too many requests. Try again later."
+
+    def __init__(
+        self,
+        *,
+        retry_after: float,
+        message: str | None = None,
+        quota: Sequence[tuple[bytes, bytes]] = (),
+    ) -> None:
+        headers = [(name.decode(), value.decode()) for name, value in quota]
+        wait = ("Retry-After", str(max(1, math.ceil(retry_after))))
+        super().__init__(message=message, headers=[wait, *headers])
+
+
 class InvalidCredentials(ServiceError):
     code = ErrorCode.INVALID_CREDENTIALS
     message = "These credentials are not right."
@@ -94,14 +124,6 @@ class IdempotencyInProgress(ServiceError):
 class IdempotencyKeyReused(ServiceError):
     code = ErrorCode.IDEMPOTENCY_KEY_REUSED
     message = "This Idempotency-Key was used for another request."
-
-
-class RateLimited(ServiceError):
-    code = ErrorCode.RATE_LIMITED
-    message = "Too much at once. Try again later."
-
-    def __init__(self, *, retry_after: int, message: str | None = None) -> None:
-        super().__init__(message=message, headers=[("Retry-After", str(retry_after))])
 
 
 class DependencyUnavailable(ServiceError):

@@ -110,6 +110,22 @@ class Metrics:
         self.postgres_reachable = Gauge(
             "user_service_postgres_reachable", "1 while Postgres answers.", registry=self.registry
         )
+        self.unauthenticated = Counter(
+            "user_service_unauthenticated",
+            "Requests with a wrong key, or one that is not valid any more.",
+            registry=self.registry,
+        )
+        self.rate_limited = Counter(
+            "user_service_rate_limited",
+            "Requests refused since their caller asks too much, by class.",
+            ["traffic"],
+            registry=self.registry,
+        )
+        self.rate_limits_uncounted = Counter(
+            "user_service_rate_limits_uncounted",
+            "Requests that no limit could be held against, since Redis did not answer.",
+            registry=self.registry,
+        )
         self.passwords_waiting = Gauge(
             "user_service_passwords_waiting",
             "Passwords being hashed or waiting for it.",

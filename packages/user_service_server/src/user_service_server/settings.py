@@ -123,6 +123,32 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     stream_max_life: Annotated[
         float, Meta(ge=1, le=86400, description="seconds after which a stream is ended, about")
     ] = 1800.0
+    rate_limit_read: Annotated[
+        int, Meta(ge=0, le=10**9, description="reads a minute of one caller; 0: no limit")
+    ] = 600_000
+    rate_limit_write: Annotated[
+        int, Meta(ge=0, le=10**9, description="writes a minute of one caller; 0: no limit")
+    ] = 60_000
+    rate_limit_credentials: Annotated[
+        int,
+        Meta(ge=1, le=10**9, description="passwords a minute that one caller may have judged"),
+    ] = 600
+    password_failures: Annotated[
+        int,
+        Meta(ge=1, le=10**6, description="wrong passwords for one email within 15 minutes"),
+    ] = 10
+    proxy_hops: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=10,
+            description="proxies in front, each of which appends to X-Forwarded-For; wrong keys are"
+            " limited per address",
+        ),
+    ] = 0
+    body_timeout: Annotated[
+        float, Meta(ge=1, le=3600, description="seconds within which a request's body must come")
+    ] = 30.0
     metrics_port: Annotated[
         Annotated[int, Meta(ge=1, le=65535)] | None,
         Meta(description="a port of its own for /metrics; empty: on PORT"),
@@ -172,6 +198,22 @@ def load_settings(
     if problems:
         raise SettingsError("; ".join(problems.values()))
     return Settings(**found)
+
+
+def check_secret_key(settings: Settings) -> None:
+    """Refuse to serve callers with keys without a secret of one's own.
+
+    Raises:
+        SettingsError: SECRET_KEY is missing, a placeholder, or can be guessed.
+    """
+    secret = settings.secret_key
+    if settings.auth == "required" and (
+        len(secret) < 32 or secret.startswith("<") or len(set(secret)) < 8
+    ):
+        raise SettingsError(
+            "SECRET_KEY is missing, a placeholder, or shorter than 32 characters; make one with"
+            " `openssl rand -hex 32` (or set AUTH=off where only trusted callers reach the port)"
+        )
 
 
 def describe_settings(environ: Mapping[str, str], dotenv: Path | None) -> list[Setting]:

@@ -42,6 +42,8 @@ from user_service_schemas import (
     RuleViolation,
     User,
     UserUpdate,
+    VerifiedUser,
+    VerifyCredentials,
     decode_request,
 )
 
@@ -186,6 +188,7 @@ class Routes:
             "users.delete": self._delete_user,
             "users.set_password": self._set_password,
             "users.lift_suppression": self._lift_suppression,
+            "credentials.verify": self._verify_credentials,
             "preferences.get": self._get_preferences,
             "preferences.update": self._update_preferences,
             "preferences.history": self._list_history,
@@ -315,6 +318,11 @@ class Routes:
             return success(None, "Address restored", headers=headers), user_id
 
         return self._once(ask, lift)
+
+    def _verify_credentials(self, ask: Ask) -> Answer:
+        data = self._body(ask, VerifyCredentials)
+        user_id = self._directory.verify(data.email, data.password)
+        return success(VerifiedUser(user_id=user_id), "Credentials verified")
 
     # Preferences
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -294,6 +295,15 @@ class Directory:
                 valid, password_required=self._password_required, catalogue=self._catalogue
             )
         return profile_values(valid)[1] if type_ is UserUpdate else []
+
+    def verify(self, email: str, password: str) -> str:
+        """Return whose email and password these are."""
+        with contextlib.suppress(ValueError):
+            key = email_key(email)
+            for account in self._accounts.values():
+                if account.profile["email_key"] == key and account.password == _digest(password):
+                    return account.id
+        raise Refusal(ErrorCode.INVALID_CREDENTIALS)
 
     # Preferences
 

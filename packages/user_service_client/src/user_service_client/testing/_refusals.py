@@ -9,13 +9,14 @@ from user_service_schemas import STATUS_OF, ErrorCode, FieldError
 MESSAGES: Mapping[ErrorCode, str] = {
     ErrorCode.MALFORMED_JSON: "The body is not valid JSON, or it nests too deeply.",
     ErrorCode.INVALID_CURSOR: "This cursor was not issued by this listing.",
-    ErrorCode.UNAUTHENTICATED: "This needs a valid service key.",
+    ErrorCode.UNAUTHENTICATED: "A valid service key is needed: Authorization: Bearer usk_…",
     ErrorCode.INVALID_CREDENTIALS: "These credentials are not right.",
-    ErrorCode.FORBIDDEN: "The service key does not allow this.",
+    ErrorCode.FORBIDDEN: "The service key does not have the scope that this needs.",
     ErrorCode.USER_NOT_FOUND: "No user has this id.",
     ErrorCode.DEVICE_NOT_FOUND: "The user has no device with this id.",
     ErrorCode.ROUTE_NOT_FOUND: "There is nothing at this path.",
     ErrorCode.METHOD_NOT_ALLOWED: "This path does not take this method.",
+    ErrorCode.REQUEST_TIMEOUT: "The body did not come in time.",
     ErrorCode.EMAIL_TAKEN: "Another user has this email.",
     ErrorCode.EXTERNAL_ID_TAKEN: "Another user has this external id.",
     ErrorCode.IDEMPOTENCY_IN_PROGRESS: (
@@ -26,7 +27,7 @@ MESSAGES: Mapping[ErrorCode, str] = {
     ErrorCode.UNSUPPORTED_MEDIA_TYPE: "The body must be sent as Content-Type: application/json.",
     ErrorCode.VALIDATION_FAILED: "The request has fields that are not valid.",
     ErrorCode.IDEMPOTENCY_KEY_REUSED: "This Idempotency-Key was used for another request.",
-    ErrorCode.RATE_LIMITED: "Too many requests. Try again.",
+    ErrorCode.RATE_LIMITED: "Too many requests. Try again later.",
     ErrorCode.INTERNAL_ERROR: "Something went wrong here. Report the request id.",
     ErrorCode.DEPENDENCY_UNAVAILABLE: (
         "The service cannot reach its database right now. Try again."

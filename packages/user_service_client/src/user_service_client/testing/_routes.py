@@ -33,6 +33,7 @@ _PATHS: Mapping[str, Mapping[str, str]] = {
     },
     "/api/v1/deliveries/resolve": {"POST": "deliveries.resolve"},
     "/api/v1/feedback": {"POST": "feedback.report"},
+    "/api/v1/credentials/verify": {"POST": "credentials.verify"},
     "/api/v1/changes": {"GET": "changes.list"},
     "/api/v1/changes/stream": {"GET": STREAM},
     "/health": {"GET": "health"},

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 from litestar import Router, get
 from litestar.params import FromQuery
 from litestar.response.base import ASGIResponse
-from user_service_schemas import Change, Changes, ErrorCode
+from user_service_schemas import Change, Changes, ErrorCode, Scope
 
 from ..http.answers import HTTPRequest, answer
+from ..http.callers import caller_of
 from ..http.operations import operation
 from ..http.requests import PageLimit
+from ..keys.ring import KeyRing
 from ..metrics import Metrics
 from ..settings import Settings
 from .feed import ChangeFeed, Cursor
@@ -19,7 +22,11 @@ from .stream import ChangeStream
 
 
 def changes_router(
-    feed: ChangeFeed, settings: Settings, draining: asyncio.Event, metrics: Metrics
+    feed: ChangeFeed,
+    settings: Settings,
+    draining: asyncio.Event,
+    metrics: Metrics,
+    ring: KeyRing,
 ) -> Router:
     """Return the routes of the change feed."""
 
@@ -45,6 +52,7 @@ def changes_router(
                     "schema": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100},
                 },
             ],
+            scope=Scope.CHANGES_READ,
         ),
     )
     async def list_changes(
@@ -72,16 +80,19 @@ def changes_router(
                     "description": "The id of the last event that was taken.",
                 }
             ],
+            scope=Scope.CHANGES_READ,
         ),
     )
     async def stream_changes(request: HTTPRequest) -> ChangeStream:
         last = request.headers.get("last-event-id")
+        caller = caller_of(request)
         stream = ChangeStream(
             feed,
             Cursor.parse(last) if last else None,
             max_life=settings.stream_max_life,
             draining=draining,
             metrics=metrics,
+            is_allowed=partial(ring.is_valid, caller) if caller.key is not None else None,
         )
         await stream.open()
         return stream

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 from litestar.types import (
     HTTPResponseBodyEvent,
@@ -16,6 +18,7 @@ from litestar.types import (
 from user_service_schemas import Reset
 
 from ..errors import ServiceError
+from ..keys.ring import WATCHED_EVERY
 from ..metrics import Metrics
 from .feed import INTERVAL, ChangeFeed, Cursor, Subscription, encode_changes, encode_event
 
@@ -36,7 +39,8 @@ class ChangeStream:
     """An ASGI answer that follows the feed from a cursor, or from now on.
 
     Ends after about `max_life` seconds, so that replicas share the streams again; when the service
-    is shut down; and when the reader is too slow. It continues with `Last-Event-ID`.
+    is shut down; when the key was revoked; and when the reader is too slow. It continues with
+    `Last-Event-ID`.
     """
 
     def __init__(
@@ -47,7 +51,9 @@ class ChangeStream:
         max_life: float,
         draining: asyncio.Event,
         metrics: Metrics,
+        is_allowed: Callable[[], Awaitable[bool]] | None,
     ) -> None:
+        self._is_allowed = is_allowed
         self._feed = feed
         self._cursor = cursor
         self._reason: str | None = None
@@ -68,14 +74,22 @@ class ChangeStream:
         await send(HTTPResponseStartEvent(type="http.response.start", status=200, headers=_HEADERS))
         gone = asyncio.create_task(_disconnected(receive))
         following = asyncio.create_task(self._follow(send))
+        tasks: set[asyncio.Task[Any]] = {gone, following}
+        if self._is_allowed is not None:
+            tasks.add(asyncio.create_task(_until_refused(self._is_allowed)))
         try:
-            await asyncio.wait({gone, following}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            gone.cancel()
-            following.cancel()
-        reason = "client"
-        if following.done() and not following.cancelled():
-            reason = following.result()
+            for task in tasks:
+                task.cancel()
+        if gone in done:
+            reason = "client"
+        else:
+            if following in done:
+                reason = following.result()
+            else:
+                reason = "revoked"
+                await asyncio.wait({following})  # two at once would write into each other
             with contextlib.suppress(_TooSlow):
                 await _send(send, b"", more=False)
         self._ended.labels(reason).inc()
@@ -139,6 +153,11 @@ async def _send(send: Send, chunk: bytes, *, more: bool = True) -> None:
             await send(HTTPResponseBodyEvent(type="http.response.body", body=chunk, more_body=more))
     except TimeoutError as error:
         raise _TooSlow from error
+
+
+async def _until_refused(is_allowed: Callable[[], Awaitable[bool]]) -> None:
+    while await is_allowed():  # noqa: ASYNC110 - no event tells: it is asked
+        await asyncio.sleep(WATCHED_EVERY)
 
 
 async def _disconnected(receive: Receive) -> None:

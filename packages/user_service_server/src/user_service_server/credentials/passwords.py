@@ -51,7 +51,9 @@ class Passwords:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="argon2")
         self._limit = workers + settings.hash_queue
         self._waiting = 0
-        self._nobodys: str | None = None
+        # Verified for whoever has no password; made now, since the first to need it would take
+        # twice as long.
+        self._nobodys = self._hasher.hash(os.urandom(16))
 
     async def hash(self, password: str) -> str:
         """Return the encoded argon2id hash; raises `Overloaded` when too many wait."""
@@ -66,13 +68,15 @@ class Passwords:
         return await self._run(lambda: self._verify(password, password_hash))
 
     def _verify(self, password: str, password_hash: str | None) -> bool:
-        if self._nobodys is None:
-            self._nobodys = self._hasher.hash(os.urandom(16))
         try:
             self._hasher.verify(password_hash or self._nobodys, password)
         except (VerificationError, InvalidHashError):
             return False
         return password_hash is not None
+
+    def is_outdated(self, password_hash: str) -> bool:
+        """Whether a hash was made with weaker parameters than are used now."""
+        return self._hasher.check_needs_rehash(password_hash)
 
     async def _run(self, work: Callable[[], T]) -> T:
         if self._waiting >= self._limit:

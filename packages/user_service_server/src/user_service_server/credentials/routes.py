@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from litestar import Router, put
+from litestar import Router, post, put
 from litestar.params import FromPath, JSONBody
 from litestar.response.base import ASGIResponse
-from user_service_schemas import ErrorCode, PasswordUpdate
+from user_service_schemas import ErrorCode, PasswordUpdate, Scope, VerifiedUser, VerifyCredentials
 
 from ..http.answers import HTTPRequest, answer
 from ..http.idempotency import Idempotency
-from ..http.operations import operation
+from ..http.operations import Traffic, operation
 from ..http.requests import if_match, user_id_of
 from .service import Credentials
 
@@ -30,6 +30,8 @@ def credentials_router(credentials: Credentials, idempotency: Idempotency) -> Ro
             writes_document=True,
             etag=False,
             description="With `current_password`, only if that is the current one.",
+            scope=Scope.CREDENTIALS_WRITE,
+            traffic=Traffic.CREDENTIALS,
         ),
     )
     async def set_password(
@@ -42,4 +44,24 @@ def credentials_router(credentials: Credentials, idempotency: Idempotency) -> Ro
             lambda recorder: credentials.set_password(subject, data, if_match(request), recorder),
         )
 
-    return Router("/", route_handlers=[set_password])
+    @post(
+        "/credentials/verify",
+        **operation(
+            "verify_credentials",
+            "Ask whose email and password these are",
+            VerifiedUser,
+            ErrorCode.INVALID_CREDENTIALS,
+            ErrorCode.RATE_LIMITED,
+            body=VerifyCredentials,
+            example={"email": "john@example.com", "password": "StrongPass123!"},
+            description="The same answer, and the same work, for an unknown email, a user without a"
+            " password, and a wrong one.",
+            scope=Scope.CREDENTIALS_VERIFY,
+            traffic=Traffic.CREDENTIALS,
+        ),
+    )
+    async def verify_credentials(data: JSONBody[VerifyCredentials]) -> ASGIResponse:
+        user_id = await credentials.verify(data)
+        return answer(VerifiedUser(user_id=user_id), "Credentials verified")
+
+    return Router("/", route_handlers=[set_password, verify_credentials])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from litestar import Router, post
 from litestar.params import JSONBody
 from litestar.response.base import ASGIResponse
-from user_service_schemas import Decision, ResolveDeliveries
+from user_service_schemas import Decision, ResolveDeliveries, Scope
 
 from ..http.answers import answer
 from ..http.bodies import MAX_BATCH_BODY
@@ -33,6 +33,7 @@ def deliveries_router(deliveries: Deliveries) -> Router:
             description="One decision for each id, in their order: `allow`, with where to; `defer`,"
             " to ask again at `deferred_until`; or `suppress`. The first rule that holds decides,"
             " and is the `reason`.",
+            scope=Scope.USERS_READ,
         ),
     )
     async def resolve_deliveries(data: JSONBody[ResolveDeliveries]) -> ASGIResponse:

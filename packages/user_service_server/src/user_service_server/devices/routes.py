@@ -5,7 +5,7 @@ from __future__ import annotations
 from litestar import Router, delete, get, patch, post
 from litestar.params import FromPath, JSONBody
 from litestar.response.base import ASGIResponse
-from user_service_schemas import DeviceDetails, DeviceUpdate, ErrorCode, RegisterDevice
+from user_service_schemas import DeviceDetails, DeviceUpdate, ErrorCode, RegisterDevice, Scope
 
 from ..http.answers import HTTPRequest, answer
 from ..http.idempotency import Idempotency
@@ -28,6 +28,7 @@ def devices_router(devices: Devices, documents: Documents, idempotency: Idempote
             tuple[DeviceDetails, ...],
             ErrorCode.USER_NOT_FOUND,
             etag=True,
+            scope=Scope.USERS_READ,
         ),
     )
     async def list_devices(user_id: FromPath[str]) -> ASGIResponse:
@@ -46,6 +47,7 @@ def devices_router(devices: Devices, documents: Documents, idempotency: Idempote
             writes_document=True,
             description="201 for a token that is new to the user, 200 for a known one. Another"
             " user's token moves: the last login wins.",
+            scope=Scope.DEVICES_WRITE,
         ),
     )
     async def register_device(
@@ -78,6 +80,7 @@ def devices_router(devices: Devices, documents: Documents, idempotency: Idempote
             body=DeviceUpdate,
             example={"active": False},
             writes_document=True,
+            scope=Scope.DEVICES_WRITE,
         ),
     )
     async def update_device(
@@ -106,6 +109,7 @@ def devices_router(devices: Devices, documents: Documents, idempotency: Idempote
             ErrorCode.USER_NOT_FOUND,
             ErrorCode.DEVICE_NOT_FOUND,
             writes_document=True,
+            scope=Scope.DEVICES_WRITE,
         ),
     )
     async def delete_device(

@@ -18,7 +18,7 @@ from ..errors import DeviceNotFound, UserNotFound
 from ..settings import Settings
 from ..storage.database import Database
 from ..storage.document import EntityTags
-from ..storage.documents import UNRECORDED, Documents, Recorder, Write
+from ..storage.documents import Documents, Recorder, Unrecorded, Write
 from . import repository
 
 PRUNED_AT_ONCE = 1000
@@ -62,7 +62,7 @@ class Devices:
             UserNotFound, VersionMismatch
         """
         digest = token_digest(request.token)
-        if request.active and if_match is None and recorder is UNRECORDED:
+        if request.active and if_match is None and isinstance(recorder, Unrecorded):
             async with self._database.reading() as connection:
                 touched = await repository.touch(connection, user_id, digest, request)
             if touched:

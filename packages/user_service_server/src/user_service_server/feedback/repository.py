@@ -56,8 +56,10 @@ _OPT_OUT = text("""
         UPDATE preferences SET email = false FROM opted_out
         WHERE preferences.user_id = opted_out.user_id
     )
-    INSERT INTO preference_history (user_id, version, at, source, changes)
-    SELECT user_id, version, clock_timestamp(), :source, CAST(:changes AS jsonb) FROM opted_out
+    INSERT INTO preference_history (user_id, version, at, actor, source, changes)
+    SELECT user_id, version, clock_timestamp(), CAST(:actor AS text), :source,
+        CAST(:changes AS jsonb)
+    FROM opted_out
 """)
 _OPTED_OUT = msgspec.json.encode([PreferenceChange(field="email", before=True, after=False)])
 # Of one minute more than an hour: never more than the limit in any hour.
@@ -171,13 +173,16 @@ async def set_deliverable(
     )
 
 
-async def opt_out(connection: AsyncConnection, versions: Mapping[str, int], source: str) -> None:
+async def opt_out(
+    connection: AsyncConnection, versions: Mapping[str, int], *, source: str, actor: str | None
+) -> None:
     """Switch email off for locked users, and say so in the history of each, by its version."""
     await connection.execute(
         _OPT_OUT,
         {
             "ids": list(versions),
             "versions": list(versions.values()),
+            "actor": actor,
             "source": source,
             "changes": _OPTED_OUT.decode(),
         },

@@ -5,13 +5,14 @@ from __future__ import annotations
 from litestar import Router, delete, post
 from litestar.params import FromPath, JSONBody
 from litestar.response.base import ASGIResponse
-from user_service_schemas import ErrorCode, FeedbackResult, ReportFeedback
+from user_service_schemas import ErrorCode, FeedbackResult, ReportFeedback, Scope
 
 from ..http.answers import HTTPRequest, answer
 from ..http.bodies import MAX_FEEDBACK_BODY
+from ..http.callers import caller_of
 from ..http.idempotency import Idempotency
 from ..http.operations import operation
-from ..http.requests import caller_of, if_match, user_id_of
+from ..http.requests import if_match, user_id_of
 from ..storage.documents import Documents
 from .service import Feedback
 
@@ -50,13 +51,14 @@ def feedback_router(feedback: Feedback, documents: Documents, idempotency: Idemp
             description="One result for each item, in order: `applied`, `ignored` (seen since,"
             " known already, or a reason that is only counted) or `unknown`. An `at` in the future"
             " counts as now. Reporting twice changes nothing.",
+            scope=Scope.FEEDBACK_WRITE,
         ),
     )
     async def report_feedback(request: HTTPRequest, data: JSONBody[ReportFeedback]) -> ASGIResponse:
         return await idempotency.run(
             request,
             lambda results: answer(results, "Feedback taken"),
-            lambda recorder: feedback.report(data.items, caller_of(request), recorder),
+            lambda recorder: feedback.report(data.items, caller_of(request).name, recorder),
         )
 
     @delete(
@@ -68,6 +70,7 @@ def feedback_router(feedback: Feedback, documents: Documents, idempotency: Idemp
             ErrorCode.USER_NOT_FOUND,
             writes_document=True,
             description="Changes nothing where the address is not suppressed.",
+            scope=Scope.USERS_WRITE,
         ),
     )
     async def restore_address(request: HTTPRequest, user_id: FromPath[str]) -> ASGIResponse:

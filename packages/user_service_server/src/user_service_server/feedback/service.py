@@ -328,7 +328,7 @@ async def _apply(write: Write, verdict: _Verdict) -> None:
         await repository.set_deliverable(connection, list(verdict.undeliverable), deliverable=False)
     if verdict.opted_out:
         versions = {user_id: verdict.versions[user_id] + 1 for user_id in verdict.opted_out}
-        await repository.opt_out(connection, versions, SOURCE)
+        await repository.opt_out(connection, versions, source=SOURCE, actor=write.actor)
     if verdict.off:
         await devices.switch_off(connection, verdict.off)
     for users, kind in (

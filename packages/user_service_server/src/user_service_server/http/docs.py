@@ -44,7 +44,6 @@ _SECURITY = [
             " img-src 'self' data:; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'"
         ),
     ),
-    ("X-Content-Type-Options", "nosniff"),
     ("X-Frame-Options", "DENY"),
     ("Referrer-Policy", "no-referrer"),
 ]

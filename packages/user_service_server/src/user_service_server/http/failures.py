@@ -32,6 +32,14 @@ class BodyTooLarge(ServiceError):
     message = "The body is larger than this route takes."
 
 
+class BodyTooSlow(ServiceError):
+    code = ErrorCode.REQUEST_TIMEOUT
+    message = "The body did not come in time."
+
+    def __init__(self) -> None:
+        super().__init__(headers=[("Connection", "close")])
+
+
 class InternalError(ServiceError):
     code = ErrorCode.INTERNAL_ERROR
     message = "Something went wrong here. Report the request id."

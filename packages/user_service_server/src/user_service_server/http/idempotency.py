@@ -17,14 +17,15 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from user_service_schemas import FieldError
 
 from ..errors import IdempotencyInProgress, IdempotencyKeyReused, Invalid, ServiceError
+from ..keys.ring import Caller
 from ..metrics import Metrics
 from ..settings import Settings
 from ..storage import recorded_answers
 from ..storage.database import Database
-from ..storage.documents import UNRECORDED, Recorder
+from ..storage.documents import Recorder, Unrecorded
 from ..storage.recorded_answers import RecordedAnswer
 from .answers import JSON, NO_STORE, HTTPRequest
-from .requests import caller_of
+from .callers import caller_of
 
 T = TypeVar("T")
 
@@ -46,9 +47,10 @@ class _Recording:
     """Records the answer to one request under its key."""
 
     def __init__(
-        self, caller: str, key: str, digest: bytes, render: Callable[[Any], ASGIResponse]
+        self, caller: Caller, key: str, digest: bytes, render: Callable[[Any], ASGIResponse]
     ) -> None:
-        self._caller = caller
+        self.actor = caller.actor
+        self._caller = caller.name
         self._key = key
         self._digest = digest
         self._render = render
@@ -100,16 +102,16 @@ class Idempotency:
             IdempotencyInProgress: the first request with this key is still under way.
             IdempotencyKeyReused: the first one asked for something else.
         """
+        caller = caller_of(request)
         key = request.headers.get(HEADER)
         if key is None:
-            return render(await work(UNRECORDED))
+            return render(await work(Unrecorded(caller.actor)))
         if not _KEY.fullmatch(key):
             raise Invalid(
                 FieldError(field=HEADER, message="Expected 1 to 255 printable characters.")
             )
-        caller = caller_of(request)
         digests = [_digest(secret, request, await request.body()) for secret in self._secrets]
-        answer = await self._find(caller, key)
+        answer = await self._find(caller.name, key)
         if answer is None:
             try:
                 return render(await work(_Recording(caller, key, digests[0], render)))
@@ -117,7 +119,7 @@ class Idempotency:
                 answer = already.answer
             except ServiceError:
                 # What refuses it may be what the first request has done, as a new password does.
-                answer = await self._find(caller, key)
+                answer = await self._find(caller.name, key)
                 if answer is None:
                     raise
         return self._replay(answer, digests)

@@ -23,8 +23,10 @@ _REFS = "#/components/schemas/{name}"
 _NULL = {"type": "null"}
 _ERROR = {"$ref": _REFS.format(name="Error")}
 _ANYWHERE = (ErrorCode.INTERNAL_ERROR, ErrorCode.DEPENDENCY_UNAVAILABLE, ErrorCode.OVERLOADED)
+_WITH_KEY = (ErrorCode.UNAUTHENTICATED, ErrorCode.FORBIDDEN, ErrorCode.RATE_LIMITED)
 _WITH_BODY = (
     ErrorCode.MALFORMED_JSON,
+    ErrorCode.REQUEST_TIMEOUT,
     ErrorCode.BODY_TOO_LARGE,
     ErrorCode.UNSUPPORTED_MEDIA_TYPE,
     ErrorCode.VALIDATION_FAILED,
@@ -54,7 +56,17 @@ def openapi_document(app: Litestar, version: str) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "User Service", "version": version, "description": _ABOUT},
         "paths": dict(sorted(paths.items())),
-        "components": {"schemas": components},
+        "components": {
+            "schemas": components,
+            "securitySchemes": {
+                "serviceKey": {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "description": "A service key, usk_…; needed unless the service runs with"
+                    " AUTH=off. Each operation names the scope that the key needs.",
+                }
+            },
+        },
     }
 
 
@@ -81,6 +93,9 @@ def _operation(path: str, op: Operation, schema_of: Mapping[str, Any]) -> dict[s
     }
     if op.description:
         described["description"] = op.description
+    if op.scope is not None:
+        # Roles of an HTTP scheme are named here since OpenAPI 3.1.
+        described["security"] = [{"serviceKey": [op.scope.value]}]
     if op.body:
         content: dict[str, Any] = {"schema": schema_of[repr(op.body)]}
         if op.example is not None:
@@ -145,6 +160,8 @@ def _responses(op: Operation, schema_of: Mapping[str, Any]) -> Iterator[tuple[st
     if op.reads_document:
         yield "304", {"description": "The caller's copy is still right."}
     codes = [*op.errors, *_ANYWHERE]
+    if op.scope is not None:
+        codes += _WITH_KEY
     if op.body:
         codes += _WITH_BODY
     if op.page:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import StrEnum
 from typing import Any
 
 from msgspec import Struct
-from user_service_schemas import ErrorCode, FieldError
+from user_service_schemas import ErrorCode, FieldError, Scope
 
 from .answers import JSON
 
 Judge = Callable[[Any], Iterable[FieldError]]
+
+
+class Traffic(StrEnum):
+    """The classes of requests, each of which has a limit of its own."""
+
+    READ = "read"
+    WRITE = "write"
+    CREDENTIALS = "credentials"
 
 
 class Operation(Struct, frozen=True, kw_only=True):
@@ -41,6 +50,10 @@ class Operation(Struct, frozen=True, kw_only=True):
     """Other parameters, as OpenAPI has them."""
     media_type: str
     """Of a success: JSON is in the envelope, anything else is not."""
+    scope: Scope | None
+    """What the caller's key needs; None for what everybody may ask."""
+    traffic: Traffic
+    """The limit that it counts against."""
 
     def __deepcopy__(self, _memo: object) -> Operation:
         """Stay what it is: Litestar copies handlers, and `judge` may belong to a service."""
@@ -63,6 +76,8 @@ def operation(
     etag: bool | None = None,
     parameters: Sequence[Mapping[str, Any]] = (),
     media_type: str = JSON,
+    scope: Scope | None = None,
+    traffic: Traffic | None = None,
 ) -> dict[str, Any]:
     """Return the keyword arguments of a route's decorator."""
     by_status = answers if isinstance(answers, Mapping) else {200: answers}
@@ -82,6 +97,8 @@ def operation(
         etag=reads_document or writes_document if etag is None else etag,
         parameters=parameters,
         media_type=media_type,
+        scope=scope,
+        traffic=traffic or (Traffic.WRITE if is_write or writes_document else Traffic.READ),
     )
     return {
         "operation_id": operation_id,

@@ -25,11 +25,6 @@ PageLimit: TypeAlias = Annotated[int, QueryParameter(ge=1, le=1000)]
 """How many items a page of small items has."""
 
 
-def caller_of(_request: HTTPRequest) -> str:
-    """Return who calls, by the name that keys and limits go by: until keys exist, one for all."""
-    return "anonymous"
-
-
 def user_id_of(text: str) -> str:
     """Return a user's id as it is kept; raises `UserNotFound`: what is no UUID is nobody's id."""
     return _uuid(text, "user_id", UserNotFound)

@@ -19,13 +19,19 @@ from ..storage.tables import preference_history, preferences, users
 
 
 async def insert_choices(
-    connection: AsyncConnection, user_id: str, choices: Choices, consent: Consent | None
+    connection: AsyncConnection,
+    user_id: str,
+    choices: Choices,
+    *,
+    consent: Consent | None,
+    actor: str | None,
 ) -> None:
     """Insert a new user's preferences, and begin the history with them."""
     await connection.execute(
         insert(preferences).values(user_id=user_id, **msgspec.structs.asdict(choices))
     )
-    await append_history(connection, user_id, 1, preference_changes(None, choices), consent)
+    changes = preference_changes(None, choices)
+    await append_history(connection, user_id, 1, changes, consent=consent, actor=actor)
 
 
 async def read_choices(connection: AsyncConnection, user_id: str) -> Choices:
@@ -50,7 +56,9 @@ async def append_history(
     user_id: str,
     version: int,
     changes: tuple[PreferenceChange, ...],
+    *,
     consent: Consent | None,
+    actor: str | None,
 ) -> None:
     """Append an entry to the consent history."""
     await connection.execute(
@@ -58,6 +66,7 @@ async def append_history(
             user_id=user_id,
             version=version,
             at=func.clock_timestamp(),
+            actor=actor,
             source=consent and consent.source,
             policy_version=consent and consent.policy_version,
             changes=msgspec.to_builtins(changes),

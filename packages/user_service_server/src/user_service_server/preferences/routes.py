@@ -11,6 +11,7 @@ from user_service_schemas import (
     Preferences,
     PreferencesRevision,
     PreferencesUpdate,
+    Scope,
 )
 
 from ..http.answers import PRIVATE, HTTPRequest, answer, is_held, not_modified
@@ -41,6 +42,7 @@ def preferences_router(
             Preferences,
             ErrorCode.USER_NOT_FOUND,
             reads_document=True,
+            scope=Scope.USERS_READ,
         ),
     )
     async def get_preferences(request: HTTPRequest, user_id: FromPath[str]) -> ASGIResponse:
@@ -65,6 +67,7 @@ def preferences_router(
             writes_document=True,
             description="Merges per field, category and channel: what is omitted keeps its value,"
             " null clears one.",
+            scope=Scope.PREFERENCES_WRITE,
         ),
     )
     async def update_preferences(
@@ -91,6 +94,7 @@ def preferences_router(
             Page[PreferencesRevision],
             ErrorCode.USER_NOT_FOUND,
             page=True,
+            scope=Scope.USERS_READ,
         ),
     )
     async def list_preference_history(

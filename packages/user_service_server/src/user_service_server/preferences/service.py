@@ -55,7 +55,12 @@ class PreferenceCenter:
             if changes or consent:
                 version = row.version + bool(changes)
                 await repository.append_history(
-                    write.connection, user_id, version, changes, consent
+                    write.connection,
+                    user_id,
+                    version,
+                    changes,
+                    consent=consent,
+                    actor=write.actor,
                 )
             return await write.conclude(
                 lambda: (write.document.preferences, write.document.version)

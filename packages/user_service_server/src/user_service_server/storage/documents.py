@@ -60,8 +60,8 @@ _CONCLUDE = text("""
         WHERE users.id = changed.id
         RETURNING users.id, version, kind
     ), logged AS (
-        INSERT INTO changes (user_id, version, kind, at)
-        SELECT id, version, kind, clock_timestamp() FROM raised
+        INSERT INTO changes (user_id, version, kind, at, actor)
+        SELECT id, version, kind, clock_timestamp(), CAST(:actor AS text) FROM raised
     ), announced AS (
         SELECT * FROM unnest(CAST(:buckets AS smallint[]), CAST(:generations AS bigint[]))
             AS announced (bucket, generation)
@@ -90,7 +90,14 @@ _ADVISORY_LOCKS = text(
 
 
 class Recorder(Protocol):
-    """Keeps the result of a write with the write itself, so that a repeat finds it."""
+    """Keeps the result of a write with the write itself, so that a repeat finds it.
+
+    `actor` is who writes, as the change log and the history keep it.
+    """
+
+    @property
+    def actor(self) -> str | None:
+        """Who writes; None for the service itself."""
 
     async def open(self, connection: AsyncConnection) -> None:
         """Begin, first of all in the transaction; raises if this is a repeat."""
@@ -104,6 +111,9 @@ class Recorder(Protocol):
 
 class Unrecorded:
     """The recorder of a write that will not be repeated."""
+
+    def __init__(self, actor: str | None = None) -> None:
+        self.actor = actor
 
     async def open(self, connection: AsyncConnection) -> None:
         """Begin nothing."""
@@ -126,6 +136,7 @@ class Write:
         recorder: Recorder,
     ) -> None:
         self.connection = connection
+        self.actor = recorder.actor
         self._user_id = user_id
         self._recorder = recorder
         self.concluded = False
@@ -214,6 +225,7 @@ class Write:
         concluded = await self.connection.execute(
             _CONCLUDE,
             {
+                "actor": self.actor,
                 "ids": list(self._kinds),
                 "kinds": [kind.value for kind in kinds],
                 "steps": [int(kind not in _WITHOUT_STEP) for kind in kinds],

@@ -109,8 +109,9 @@ class RedisLink:
         settings: Settings,
         recognise: Callable[[str, Collection[int]], Awaitable[None]],
     ) -> None:
-        # A request asks Redis twice at the most: to read and lease, to announce and publish.
-        self._timeout = settings.redis_timeout_ms / 1000 / 2
+        # A request asks Redis three times at the most: to count it, and to read and lease, or to
+        # announce and publish.
+        self._timeout = settings.redis_timeout_ms / 1000 / 3
         self._recognise = recognise
         self._known: set[str] = set()
         self._strangers: dict[str, Collection[int]] = {}

@@ -21,7 +21,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, UUID
 
-REVISION = "0005"
+REVISION = "0006"
 """The migration that makes these tables. Revisions are numbers, so that they can be compared."""
 
 metadata = MetaData(
@@ -186,6 +186,21 @@ preference_history = Table(
     Column("policy_version", Text),
     Column("changes", JSONB, nullable=False),
     Index(None, "user_id", "id"),
+)
+
+service_keys = Table(
+    "service_keys",
+    metadata,
+    Column("id", _exact, primary_key=True),
+    Column("name", Text, nullable=False),
+    # SHA-256 of the secret, which nobody can be told again.
+    Column("secret_digest", LargeBinary, nullable=False),
+    Column("scopes", ARRAY(Text), nullable=False),
+    Column("created_at", _instant(), nullable=False),
+    Column("expires_at", _instant()),
+    # In the future while the grace after a rotation lasts.
+    Column("revoked_at", _instant()),
+    Column("last_used_at", _instant()),
 )
 
 service_state = Table(

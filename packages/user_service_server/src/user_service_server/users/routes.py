@@ -14,6 +14,7 @@ from user_service_schemas import (
     FoundUsers,
     LookupUsers,
     Page,
+    Scope,
     User,
     UserUpdate,
 )
@@ -59,6 +60,7 @@ def users_router(users: Users, documents: Documents, idempotency: Idempotency) -
             is_write=True,
             example=_SAMPLE,
             description="Preferences that are not named are: email and push on, no quiet hours.",
+            scope=Scope.USERS_WRITE,
         ),
     )
     async def create_user(request: HTTPRequest, data: JSONBody[CreateUser]) -> ASGIResponse:
@@ -81,6 +83,7 @@ def users_router(users: Users, documents: Documents, idempotency: Idempotency) -
             User,
             ErrorCode.USER_NOT_FOUND,
             reads_document=True,
+            scope=Scope.USERS_READ,
         ),
     )
     async def get_user(request: HTTPRequest, user_id: FromPath[str]) -> ASGIResponse:
@@ -94,6 +97,7 @@ def users_router(users: Users, documents: Documents, idempotency: Idempotency) -
             "List users, oldest registration first",
             Page[User],
             page=True,
+            scope=Scope.USERS_LIST,
         ),
     )
     async def list_users(limit: Limit = 50, cursor: FromQuery[str | None] = None) -> ASGIResponse:
@@ -114,6 +118,7 @@ def users_router(users: Users, documents: Documents, idempotency: Idempotency) -
             FoundUsers,
             body=LookupUsers,
             example={"email": "john@example.com"},
+            scope=Scope.USERS_READ,
         ),
     )
     async def lookup_users(data: JSONBody[LookupUsers]) -> ASGIResponse:
@@ -128,6 +133,7 @@ def users_router(users: Users, documents: Documents, idempotency: Idempotency) -
             BatchOfUsers,
             body=BatchUsers,
             example={"ids": ["01a205c7-a743-7a16-a135-c839ba84936e"]},
+            scope=Scope.USERS_READ,
         ),
     )
     async def batch_users(data: JSONBody[BatchUsers]) -> ASGIResponse:
@@ -153,6 +159,7 @@ def users_router(users: Users, documents: Documents, idempotency: Idempotency) -
             example={"phone": "+48221234567"},
             writes_document=True,
             description="What is omitted keeps its value, null clears. PUT merges, too.",
+            scope=Scope.USERS_WRITE,
         ),
     )
     async def update_user(
@@ -178,6 +185,7 @@ def users_router(users: Users, documents: Documents, idempotency: Idempotency) -
             writes_document=True,
             etag=False,
             description="Personal data is gone; that the id existed stays.",
+            scope=Scope.USERS_WRITE,
         ),
     )
     async def delete_user(request: HTTPRequest, user_id: FromPath[str]) -> ASGIResponse:

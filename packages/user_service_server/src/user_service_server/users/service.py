@@ -63,7 +63,11 @@ class Users:
                 # Whoever had it may have given it up in between: then it is free now.
                 await _refuse_taken(write, user_id, values)
             await preferences.insert_choices(
-                write.connection, user_id, choices, request.preferences.consent or None
+                write.connection,
+                user_id,
+                choices,
+                consent=request.preferences.consent or None,
+                actor=write.actor,
             )
             write.changed(user_id, ChangeKind.USER_CREATED)
             return await write.conclude(lambda: write.document)

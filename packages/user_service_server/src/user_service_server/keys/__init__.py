@@ -1,0 +1,1 @@
+"""Service keys: how they are made, known and revoked."""
