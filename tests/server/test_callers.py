@@ -42,7 +42,7 @@ SCOPES = {
     "delete_device": "devices:write",
     "resolve_deliveries": "users:read",
     "report_feedback": "feedback:write",
-    "lift_suppression": "users:write",
+    "restore_address": "users:write",
     "verify_credentials": "credentials:verify",
     "list_changes": "changes:read",
     "stream_changes": "changes:read",
