@@ -23,7 +23,7 @@ from user_service_server.storage.migrations import downgrade, upgrade
 from ..engines import Engines, settings_for
 from .races import no_deadlock, opposite_moves, race_feedback, register_by_many
 from .test_devices import listed, new_token, post, shown, someone
-from .test_documents import counted
+from .test_documents import counted, held_after
 from .test_users import assert_failed, changes_of, fetch, register, rows
 
 FEEDBACK = "/api/v1/feedback"
@@ -145,6 +145,32 @@ async def test_what_was_seen_after_the_report_is_left_alone(
     assert await report(http, push(token, at=before)) == ["ignored"]
     assert await shown(http, user_id) == [token]
     assert await report(http, push(token, at=device["last_seen_at"])) == ["applied"], "not after it"
+
+
+async def test_what_is_seen_while_it_is_reported_is_left_alone(http: httpx.AsyncClient) -> None:
+    user_id, token = await someone(http), new_token()
+    await post(http, user_id, token)
+    document = await fetch(http, user_id)
+    with held_after("SELECT token_digest") as held:
+        reported = asyncio.create_task(report(http, push(token)))
+        await held.reached.wait()
+        await post(http, user_id, token)
+        held.let_go()
+        assert await reported == ["ignored"]
+    assert await shown(http, user_id) == [token]
+    assert (await fetch(http, user_id)) == document
+
+
+async def test_a_complaint_while_the_user_opts_out_is_one_change(http: httpx.AsyncClient) -> None:
+    address = new_address()
+    user_id = await person(http, address)
+    with held_after("AS opted_in_at") as held:
+        reported = asyncio.create_task(report(http, email(address, "complaint")))
+        await held.reached.wait()
+        await http.patch(f"/api/v1/users/{user_id}/preferences", json={"email": False})
+        held.let_go()
+        assert await reported == ["ignored"]
+    assert (await fetch(http, user_id))["version"] == 2
 
 
 async def test_a_report_of_the_future_counts_as_now(
@@ -278,6 +304,9 @@ async def test_a_suppressed_address_may_be_tried_again(
         *("address.suppressed", "address.restored")
     ]
     assert (await http.delete(path)).headers["etag"] == restored.headers["etag"]
+    for there_and_back in (new_address(), address):
+        moved = await http.patch(f"/api/v1/users/{user_id}", json={"email": there_and_back})
+        assert moved.json()["data"]["email_deliverable"] is True
     assert await report(http, email(address, at=bounced)) == ["ignored"], "the same report again"
     assert await is_deliverable(http, user_id) is True
     assert await report(http, email(address)) == ["applied"], "a new one"

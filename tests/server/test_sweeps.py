@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import asyncpg
@@ -21,6 +21,7 @@ from user_service_server.settings import Settings
 from ..engines import settings_for
 from .test_cli import run
 from .test_devices import listed, new_token, post, shown, someone
+from .test_documents import held_after
 from .test_feedback import crowd, push, report
 from .test_users import changes_of, fetch, rows
 
@@ -73,6 +74,28 @@ async def test_prune_deactivates_what_was_not_seen(
     assert (code, output) == (0, "Deactivated 0 devices of 0 users.\n")
     await post(http, user_id, tokens[0])
     assert await shown(http, user_id) == tokens, "the app came back"
+
+
+async def test_what_is_seen_during_the_sweep_stays(
+    http: httpx.AsyncClient, database_url: str, settings: Settings
+) -> None:
+    user_id, tokens = await someone(http), [new_token(), new_token()]
+    for token in tokens:
+        await post(http, user_id, token)
+        await rows(database_url, AGE, token, 3000)
+    async with sweeping(settings) as sweeps:
+        with held_after("is_wanted") as held:
+
+            async def prune() -> int:
+                before = await sweeps.now() - timedelta(days=2900)
+                return sum([step.changed async for step in sweeps.prune(before)])
+
+            pruned = asyncio.create_task(prune())
+            await held.reached.wait()
+            await post(http, user_id, tokens[0])
+            held.let_go()
+            assert await pruned == 1
+    assert await shown(http, user_id) == tokens[:1]
 
 
 async def test_a_sweep_takes_a_few_at_a_time_and_all_in_the_end(
