@@ -28,7 +28,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from hypothesis.stateful import run_state_machine_as_test as run_machine
 from user_service_server.errors import UserNotFound
 from user_service_server.settings import Settings
-from user_service_server.storage import documents
+from user_service_server.storage import documents, state
 from user_service_server.storage.buckets import ALL_BUCKETS
 
 from .stepped import READING, WRITING, Errand, World, a_world
@@ -485,6 +485,7 @@ def a_machine(settings: Settings) -> Iterator[type[CacheMachine]]:
                 patch.object(documents, "FLIGHT_AGE", 60),
                 patch.object(documents, "CONCLUSION_TIMEOUT", 60),
                 patch.object(documents, "TRANSACTION_TIMEOUT", 60),
+                patch.object(state, "POLL_TIMEOUT", 60),
             ):
                 yield Machine
         finally:
