@@ -50,7 +50,15 @@ KINDS_OF_STEPS = (("read", "write", "write", "write", "trouble"), ("read", "writ
 WRITES = (("rename",), ("rename", "erase"), ("rename", "erase"), ("rename", "erase", "refuse"))
 # Where an errand stops: most often where another one in between matters.
 STOPS_OF_READS = ("end", "fill", "fill", "answer", "answer", "read", "lease")
-STOPS_OF_WRITES = (*("publish",) * 3, "commit", "conclude", "lock", "lock", "lock_names")
+STOPS_OF_WRITES = (
+    *("publish",) * 3,
+    "commit",
+    "conclude",
+    "lock",
+    "lock",
+    "lock_names",
+    "leave_behind",
+)
 MOMENTS = ((None,), (None,), (None,), (None, "cut"), ("cut",), ("cut",), (None, None, "deaf"))
 GONE = math.inf
 """The version of who was erased: above all others."""
@@ -167,11 +175,6 @@ class Writer:
     def locks(self) -> bool:
         """Whether its transaction has the user's lock, and perhaps the generation's."""
         return self.errand.at in {"conclude", "commit"}
-
-    @property
-    def waits(self) -> bool:
-        """Whether it can go on only where no transaction has the locks."""
-        return self.errand.at in {"lock", "leave_behind"}
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -291,7 +294,15 @@ class CacheMachine(RuleBasedStateMachine):
         await self._go_on_writing(writer, until)
 
     def _is_blocked(self, writer: Writer) -> bool:
-        return writer.waits and any(other.locks for other in self.writers)
+        """Whether it would wait for another writer."""
+        at = writer.errand.at
+        others = [other for other in self.writers if other is not writer]
+        locked = any(other.locks for other in others)
+        link = self.world.replicas[writer.replica].link
+        if at == "publish" and (link.cut or link.deaf):
+            # It leaves the cache behind next, and a server has few connections for that.
+            return locked or any(other.errand.at == "leave_behind" for other in others)
+        return locked and at in {"lock", "leave_behind"}
 
     async def _go_on_writing(self, writer: Writer, until: str) -> None:
         begins_at = writer.errand.at
