@@ -6,14 +6,15 @@ The schedules are those of two servers on one Postgres and one Valkey, one effec
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Mapping
 
 import pytest
 from sqlalchemy.ext.asyncio import AsyncConnection
 from user_service_server.errors import DependencyUnavailable
 from user_service_server.settings import Settings
 from user_service_server.storage import documents
-from user_service_server.storage.buckets import ALL_BUCKETS
+from user_service_server.storage.buckets import ALL_BUCKETS, bucket_of
 from user_service_server.storage.database import COMMAND_TIMEOUT
 from user_service_server.storage.documents import CONCLUSION_TIMEOUT
 from user_service_server.storage.state import renew_epoch
@@ -122,6 +123,31 @@ async def test_generation_is_raised_by_a_write_that_could_not_publish(
     assert await here.read(user) == 2, "the writing server does not see its own write"
     await world.look()
     assert await there.read(user) == 2, "what was cached before the commit is still believed"
+
+
+async def test_unpublished_write_whose_raise_fails_is_made_good_afterwards(
+    world: World, here: Replica, there: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user = await world.user()
+    bucket = bucket_of(user)
+    before = await world.generation(bucket)
+    writing = await here.writing(user, stops=WRITING).until("publish")
+    here.link.cut = True
+    leave_behind, raised = here.state.leave_behind, asyncio.Event()
+
+    async def fail_once(generations: Mapping[int, int], reason: str) -> None:
+        if reason == "unpublished_write":
+            raise DependencyUnavailable
+        await leave_behind(generations, reason)
+        raised.set()
+
+    monkeypatch.setattr(here.state, "leave_behind", fail_once)
+    with pytest.raises(DependencyUnavailable):
+        await writing.finish()
+    await asyncio.wait_for(raised.wait(), 5)
+    assert await world.generation(bucket) > before
+    await world.look()
+    assert await there.read(user) == 2
 
 
 async def test_generation_is_raised_for_a_redis_that_nobody_has_seen(

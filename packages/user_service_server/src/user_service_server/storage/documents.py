@@ -271,7 +271,11 @@ class Write:
             if bucket in untold and said.complete
         }
         if unpublished and self._kinds:
-            await documents.state.leave_behind(unpublished, "unpublished_write")
+            try:
+                await documents.state.leave_behind(unpublished, "unpublished_write")
+            except ServiceError:
+                documents.leave_behind_soon(unpublished)
+                raise
 
     async def abandon(self) -> None:
         """Roll back, and take the announcements away."""
