@@ -15,8 +15,8 @@ from ..servers import Server
 from .traffic import register
 from .trouble import bounded_in_time
 
-LATE = 0.035
-"""Seconds that each answer of Redis is held back: within the 0.050 that one call may take."""
+LATE = 0.022
+"""Seconds that each answer of Redis is held back: within the 0.033 that one call may take."""
 MOST = 0.150
 """Seconds that a request may take because of Redis (issue 2, point 6)."""
 
