@@ -103,7 +103,8 @@ def types(session: nox.Session) -> None:
     """Check the types of packages, examples, tests, benchmarks and this file."""
     _install(session, *EDITABLE, *_group("types"))
     session.run("mypy")
-    session.run("basedpyright")
+    # Said, since it would take the environment that it finds in the tree: .venv, with nox alone.
+    session.run("basedpyright", "--pythonpath", str(Path(session.bin, "python")))
 
 
 @nox.session
