@@ -759,3 +759,28 @@ async def test_a_bounded_cache_holds_no_more(network: Network) -> None:
         await client.users.get_many(ids_of(users))
         assert client.cache.stats.documents == 10
         assert client.cache.stats.evicted == 20
+
+
+async def test_a_write_that_is_answered_from_the_record_is_not_taken_for_news(
+    network: Network, client: UserServiceClient
+) -> None:
+    """A task that is delivered again repeats its key, and somebody may have opted out since."""
+    user = network.fake.user()
+    await client.users.update(user.id, name="Written", idempotency_key="task-1")
+    opted_out = network.fake.update_preferences(user.id, push=False)
+    client.cache.clear()
+    await client.users.update(user.id, name="Written", idempotency_key="task-1")
+    assert await client.users.get(user.id) == opted_out
+
+
+async def test_an_epoch_that_was_taken_for_past_is_believed_when_it_goes_on(
+    network: Network, client: UserServiceClient
+) -> None:
+    user = network.fake.user()
+    await client.users.get(user.id)
+    client._documents._is_current_epoch("0ld")
+    assert await client.users.get(user.id) == user
+    await network.fake.clock.advance(61)
+    await client.users.get(user.id)
+    assert client.users.peek(user.id) is not None
+    assert client._documents.epoch == network.fake._directory.feed.epoch

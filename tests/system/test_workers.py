@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TypedDict, Unpack, cast
 from uuid import uuid4
@@ -405,9 +404,6 @@ async def test_jobs_wait_for_a_service_that_is_down(
     assert world.dead("push") == {}
 
 
-@pytest.mark.skipif(
-    find_spec("user_service_server.feedback") is None, reason="the server takes no feedback yet"
-)
 async def test_what_providers_say_reaches_the_directory(
     world: World, people: People, client: UserServiceClient
 ) -> None:

@@ -60,6 +60,12 @@ class Answer:
         return 200 <= self.status < 300
 
     @property
+    def is_replayed(self) -> bool:
+        """Whether it was recorded when the write was made: things may be otherwise by now."""
+        replayed: str | None = self.reply.headers.get("Idempotency-Replayed")
+        return replayed == "true"
+
+    @property
     def etag(self) -> str | None:
         """The ETag, if there is one."""
         etag: str | None = self.reply.headers.get("ETag")

@@ -278,7 +278,7 @@ class DocumentCache:
         self._floors: dict[str, tuple[float, float]] = {}
         self._unknown: dict[str, float] = {}
         self._epoch: str | None = None
-        self._past_epochs: dict[str, None] = {}
+        self._past_epochs: dict[str, float] = {}
         # Raised by whatever ends copies that are on their way. What was asked before `_cleared_in`
         # is not kept, nor, of these users, what was asked before theirs.
         self._generation = self._cleared_in = 0
@@ -741,10 +741,13 @@ class DocumentCache:
         """Whether `epoch` is the newest that was seen; a new one marks what is of another."""
         if epoch == self._epoch:
             return True
-        if epoch in self._past_epochs:
+        now = self._monotonic()
+        # Epochs have no order. Who lags behind says an old one for a second, not for a minute.
+        if now - self._past_epochs.get(epoch, -math.inf) < FLOOR_FOR:
             return False
+        self._past_epochs.pop(epoch, None)
         if self._epoch is not None:
-            self._past_epochs[self._epoch] = None
+            self._past_epochs[self._epoch] = now
             if len(self._past_epochs) > MAX_PAST_EPOCHS:
                 del self._past_epochs[next(iter(self._past_epochs))]
             _log.warning("the service has a new epoch: all copies are revalidated")
@@ -758,7 +761,8 @@ class DocumentCache:
         return True
 
     def epoch_is(self, epoch: str) -> None:
-        """Hear of the epoch that the service is in."""
+        """Hear from the stream of the epoch that the service is in, whatever others have said."""
+        self._past_epochs.pop(epoch, None)
         self._is_current_epoch(epoch)
 
     @property

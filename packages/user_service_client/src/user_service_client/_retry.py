@@ -138,7 +138,7 @@ class Breaker:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._seconds: deque[_Second] = deque()
+        self._seconds: deque[_Second] = deque(maxlen=BREAKER_WINDOW)
         self._opened_at: float | None = None
         self._is_probing = False
 

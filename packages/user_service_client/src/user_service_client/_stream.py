@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, suppress
@@ -109,6 +110,7 @@ class LiveUpdates:
         self._hook = hooks.stream
         self._cursor = ""
         self._task: asyncio.Task[None] | None = None
+        self._pid = 0
         self._state = StreamState.OFF
         self._since = clock.now()
         home.on_move(self._let_go)
@@ -127,12 +129,13 @@ class LiveUpdates:
 
     def _start(self) -> None:
         self._come_to(StreamState.INITIALIZING, "start")
+        self._pid = os.getpid()
         self._task = asyncio.create_task(self._run(), name="user-service-stream")
 
     async def _run(self) -> None:
         delay = FIRST_DELAY
         is_refused = False
-        while True:
+        while self._task is asyncio.current_task():
             heard = False
             reason = "ended"
             try:
@@ -217,8 +220,12 @@ class LiveUpdates:
         tell(self._hook, lambda: StreamEvent(state, reason))
 
     def _let_go(self) -> None:
-        """Forget the task of an event loop that is over; the next goes on from the cursor."""
-        self._task = None
+        """Forget the task of another event loop; the next goes on from the cursor."""
+        task, self._task = self._task, None
+        self._cache.interrupted()
+        # A loop that stands still may go on one day; of a fork's parent, it is the parent's.
+        if task is not None and self._pid == os.getpid() and not task.get_loop().is_closed():
+            task.get_loop().call_soon_threadsafe(task.cancel)
 
     def abandon(self, loop: asyncio.AbstractEventLoop) -> None:
         """Stop following, from wherever the client was forgotten."""

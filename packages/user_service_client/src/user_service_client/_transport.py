@@ -207,6 +207,7 @@ def _ours(attempt: Attempt, error: Exception) -> UserServiceError:
     return error_class(
         f"{attempt.operation}: {type(error).__name__} (request id {attempt.request_id})",
         request_id=attempt.request_id,
+        maybe_processed=error_class is not NotSent,
     )
 
 

@@ -22,7 +22,7 @@ from user_service_schemas import (
 )
 
 from user_service_client._answers import Answer
-from user_service_client._cache import CachedUser, DocumentCache, Fetched, Tag, Use, Wish
+from user_service_client._cache import Asked, CachedUser, DocumentCache, Fetched, Tag, Use, Wish
 from user_service_client._calls import (
     Call,
     CallOptions,
@@ -303,9 +303,7 @@ class Users:
         )
         asked = self._cache.asking()
         call = Call("users.create", "POST", "/api/v1/users/", body=body, is_write=True, **options)
-        fetched = fetched_user(await self._calls.send(call))
-        self._cache.keep(fetched, asked)
-        return fetched.user
+        return self._written(await self._calls.send(call), asked)
 
     async def update(
         self,
@@ -333,8 +331,15 @@ class Users:
         )
         asked = self._cache.asking()
         answer = await self._writes.send("users.update", "PATCH", user_id, options, body=body)
+        return self._written(answer, asked)
+
+    def _written(self, answer: Answer, asked: Asked) -> User:
+        """Return what a write has answered, and keep it, unless that was said long ago."""
         fetched = fetched_user(answer)
-        self._cache.keep(fetched, asked)
+        if answer.is_replayed:
+            self._cache.invalidate(fetched.user.id)
+        else:
+            self._cache.keep(fetched, asked)
         return fetched.user
 
     async def delete(self, user_id: Id, **options: Unpack[WriteOptions]) -> None:

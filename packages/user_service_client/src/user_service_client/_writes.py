@@ -60,7 +60,8 @@ class Writes:
         )
         with self._heard(subject):
             answer = await self._calls.send(call)
-        self._learn(subject, answer.etag)
+        if answer.is_replayed or not self._learn(subject, answer.etag):
+            self._cache.invalidate(subject)
         return answer
 
     def floor(self, user_id: Id) -> int:
