@@ -22,9 +22,9 @@ from itertools import islice
 from sys import intern
 from typing import NamedTuple, Protocol
 
-from user_service_schemas import MAX_BATCH, ErrorCode, User
+from user_service_schemas import ErrorCode, User
 
-from user_service_client._calls import CallOptions
+from user_service_client._calls import CallOptions, batches
 from user_service_client._clock import Clock
 from user_service_client._deadline import Deadline
 from user_service_client._loops import Home
@@ -459,10 +459,8 @@ class DocumentCache:
     ) -> dict[_Flight, list[str]]:
         """Begin requests for these ids, which others may join."""
         turns = asyncio.Semaphore(BATCHES_AT_ONCE)
-        size = 1 if one_by_one else MAX_BATCH
         departed: dict[_Flight, list[str]] = {}
-        for start in range(0, len(ids), size):
-            some = list(ids[start : start + size])
+        for some in ([user_id] for user_id in ids) if one_by_one else batches(ids):
             flight = _Flight(deadline)
             if one_by_one:
                 request = self._fetch(some[0], flight, options)
@@ -551,10 +549,10 @@ class DocumentCache:
         # What was found is of now: a version may be heard of before the rest has come.
         self._landed(list(found), flight)
         # A batch cannot say what it must not be older than.
-        turns = asyncio.Semaphore(DOUBTFUL_AT_ONCE)
+        again_turns = asyncio.Semaphore(DOUBTFUL_AT_ONCE)
 
         async def ask_again(user_id: str) -> Found:
-            async with turns:
+            async with again_turns:
                 return await self._fetch(user_id, flight, options)
 
         for again in await asyncio.gather(*map(ask_again, doubtful)):

@@ -268,7 +268,9 @@ class Calls:
                 last = outcome
             return outcome
 
-        def pause_before(error: UserServiceError, attempt: int) -> float | None:
+        def pause_after(error: UserServiceError, attempt: int) -> float | None:
+            if attempt > run.retries or run.closings != self._transport.closings:
+                return None
             delay = delay_after(error, attempt)
             if self._clock.monotonic() + delay >= run.deadline.at:
                 return None
@@ -281,13 +283,8 @@ class Calls:
             )
             return delay
 
-        def pause_if_left(error: UserServiceError, attempt: int) -> float | None:
-            if attempt > run.retries or run.closings != self._transport.closings:
-                return None
-            return pause_before(error, attempt)
-
         if is_retried(first):
-            await try_again(first, again, pause_before=pause_if_left, sleep=self._clock.sleep)
+            await try_again(first, again, pause_before=pause_after, sleep=self._clock.sleep)
         return last
 
     async def _attempt(self, run: _Run) -> UserServiceError | None:

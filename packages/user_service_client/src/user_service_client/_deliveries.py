@@ -12,6 +12,7 @@ from user_service_schemas import (
     Channel,
     Decision,
     Envelope,
+    ErrorCode,
     Priority,
     ResolveDeliveries,
     RuleViolation,
@@ -63,7 +64,7 @@ class _Question(msgspec.Struct, frozen=True):
             fields = ", ".join(detail.field for detail in violation.details)
             raise Invalid(
                 f"deliveries.resolve: {fields}",
-                code="validation_failed",
+                code=ErrorCode.VALIDATION_FAILED,
                 details=violation.details,
                 attempts=0,
             ) from None
