@@ -102,7 +102,8 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
     @asynccontextmanager
     async def lifespan(_app: Litestar) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            stack.callback(passwords.close)
+            passwords.start()
+            stack.push_async_callback(passwords.close)
             stack.push_async_callback(link.close)
             stack.push_async_callback(database.close)
             stack.push_async_callback(state.close)

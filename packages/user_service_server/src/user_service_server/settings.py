@@ -102,10 +102,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 100
     hash_concurrency: Annotated[
         int,
-        Meta(ge=0, le=1024, description="passwords hashed at once; 0: as many as the CPU quota"),
+        Meta(
+            ge=0, le=1024, description="processes that hash passwords; 0: as many as the CPU quota"
+        ),
     ] = 0
     hash_queue: Annotated[
-        int, Meta(ge=0, le=100000, description="passwords that may wait to be hashed")
+        int,
+        Meta(ge=0, le=100000, description="passwords that may wait to be hashed, or verified"),
     ] = 200
     startup_timeout: Annotated[
         float,
