@@ -15,6 +15,8 @@ from user_service_server.embedded import EmbeddedPostgres, EmbeddedValkey
 from user_service_server.settings import Settings, load_settings
 from user_service_server.storage.migrations import upgrade
 
+from .private import PRIVATE
+
 TEMPLATE = "template"
 """The database that is migrated once, and that every other is a copy of."""
 
@@ -31,6 +33,8 @@ def open_dir() -> Iterator[Path]:
     try:
         yield directory
     finally:
+        for log in directory.glob("*/log"):
+            PRIVATE.search(log)
         shutil.rmtree(directory)
 
 

@@ -22,7 +22,6 @@ from ..engines import Engines, settings_for
 from ..keys import id_of, make_key
 from .trouble import killed, until
 
-
 HEARD_WITHIN = 30.0
 BELIEVED_FOR = 600.0
 """Seconds, as the contract has them."""
