@@ -1,4 +1,4 @@
-"""A primary that dies, and its synchronous replica promoted: servers follow, and nothing is lost."""
+"""The primary dies, its synchronous replica is promoted: servers follow, and nothing is lost."""
 
 from contextlib import AsyncExitStack
 

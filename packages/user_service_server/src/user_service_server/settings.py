@@ -40,6 +40,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             extra=_SECRET,
         ),
     ]
+    database_replica_url: Annotated[
+        str | None,
+        Meta(description="a streaming replica, to read what is not cached", extra=_SECRET),
+    ] = None
     redis_url: Annotated[
         str, Meta(description="Redis or Valkey, e.g. redis://host:6379/0", extra=_SECRET)
     ]
@@ -404,7 +408,7 @@ def _read(
 
 def _convert(field: _Field, raw: str) -> object:
     """Return the value of `raw`; raises `msgspec.ValidationError`, which never holds it."""
-    if field.name == "database_url":
+    if field.name in ("database_url", "database_replica_url"):
         return _database_url(raw)
     if field.name == "redis_url":
         return _redis_url(raw)

@@ -56,11 +56,16 @@ def create_engine(
     settings: Settings,
     pool_size: int,
     command_timeout: float | None = COMMAND_TIMEOUT,
+    *,
+    url: str | None = None,
 ) -> AsyncEngine:
-    """Make an engine with `pool_size` connections; it connects when first used."""
-    url, connect_args = database_engine_arguments(settings.database_url)
+    """Make an engine with `pool_size` connections to `url`, or else to `DATABASE_URL`.
+
+    It connects when first used.
+    """
+    parsed, connect_args = database_engine_arguments(url or settings.database_url)
     engine = create_async_engine(
-        url,
+        parsed,
         connect_args={
             "timeout": CONNECT_TIMEOUT,
             "command_timeout": command_timeout,
@@ -128,11 +133,11 @@ class _PooledConnection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg ca
     time-outs along, in the message that begins it and so without a round trip.
     """
 
-    async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
+    async def execute(self, query: str, *args: Any, **options: Any) -> str:
         """Run a statement; asyncpg begins its transactions here."""
         if query.startswith("BEGIN"):
             query += "".join(f"SET LOCAL {name} = '{value}';" for name, value in _TIMEOUTS.items())
-        return str(await super().execute(query, *args, timeout=timeout))
+        return str(await super().execute(query, *args, **options))
 
 
 # Names of prepared statements are unique in a process only: through PgBouncer, one of them is
