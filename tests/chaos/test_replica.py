@@ -1,6 +1,7 @@
 """Misses read from a streaming replica that lags, stands still and dies: nothing stale is read."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import NamedTuple
@@ -20,6 +21,9 @@ from .replicas import running
 from .test_coherence import SECOND_BOUND, SECONDS
 
 DATABASE = "replicated"
+FORGOTTEN_EVERY = SECOND_BOUND + 0.5
+"""Seconds between two losses of the cache: what was cached wrongly is read for longer than it may
+be, and before that there are misses again and again."""
 
 
 class Setup(NamedTuple):
@@ -61,9 +65,9 @@ class Setup(NamedTuple):
 
     async def miss_for(self, load: Load, seconds: float) -> None:
         """Let the load go on with a cache that is emptied again and again."""
-        for _ in range(max(1, int(seconds / 0.5))):
+        for _ in range(math.ceil(seconds / FORGOTTEN_EVERY)):
             self.forget()
-            await load.go_on(0.5)
+            await load.go_on(FORGOTTEN_EVERY)
 
 
 async def _metrics(server: Server) -> list[str]:

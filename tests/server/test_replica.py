@@ -14,7 +14,7 @@ from user_service_server.metrics import Metrics
 from user_service_server.settings import Settings
 from user_service_server.storage.database import Database
 from user_service_server.storage.document import DocumentShape
-from user_service_server.storage.replica import Replica
+from user_service_server.storage.replica import KNOWN_FOR, Replica
 from user_service_server.storage.state import StateWatcher
 
 from ..engines import Engines, open_dir, settings_for
@@ -94,6 +94,39 @@ async def http_of_an_app_with_a_replica(
         ) as client,
     ):
         yield client
+
+
+async def test_a_replica_is_believed_if_it_shows_what_a_fresh_look_found(
+    pair: tuple[Pair, Settings], replicated_http: httpx.AsyncClient
+) -> None:
+    answer = await replicated_http.post("/api/v1/users/", json=person("known"))
+    user = answer.json()["data"]["id"]
+    metrics, database = Metrics(), Database(pair[1])
+    state = StateWatcher(pair[1], database, metrics)
+    await state.look()
+    replica = Replica(pair[1], state, DocumentShape(pair[1]), metrics)
+
+    async def reads(age: float, position: int) -> bool:
+        replica.is_well = True
+        replica.looked(time.monotonic() - age, position)
+        return user in await replica.read([user])
+
+    async def is_there() -> bool:
+        return await reads(0, 0)
+
+    try:
+        await until(is_there, 10)
+        assert not await reads(KNOWN_FOR, 0), "what others wrote since is not known"
+        assert not await reads(0, 10**9), "it lags"
+        assert not replica.is_well, "others would be read there until it was probed"
+        before = time.monotonic()
+        replica.wrote([user])
+        assert not await reads(time.monotonic() - before, 0), "written since that look"
+        assert await reads(0, 0)
+    finally:
+        await replica.close()
+        await state.close()
+        await database.close()
 
 
 async def says(http: httpx.AsyncClient, status: str) -> bool:
