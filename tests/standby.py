@@ -39,6 +39,11 @@ class Standby(EmbeddedPostgres):
         """Make it a primary; returns when it is one."""
         assert ask(self, "SELECT pg_promote()") == "t"
 
+    def cut_off(self) -> None:
+        """Let nothing more of the primary come."""
+        ask(self, "ALTER SYSTEM SET primary_conninfo = ''")
+        ask(self, "SELECT pg_reload_conf()")
+
     def pause_replay(self) -> None:
         """Let it fall behind: what comes of the primary is kept, and not shown."""
         ask(self, "SELECT pg_wal_replay_pause()")
