@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 import pytest
 from user_service_client import (
@@ -21,31 +21,7 @@ from user_service_client._cache import Use, Wish
 from user_service_client._calls import CallOptions
 from user_service_client.testing import FakeUserService
 
-from .network import Network, client_of, ids_of
-
-NOBODY = "01a205c7-a743-7a16-a135-c839ba84936e"
-
-
-@pytest.fixture
-def fake() -> FakeUserService:
-    return FakeUserService()
-
-
-@pytest.fixture
-def network(fake: FakeUserService) -> Network:
-    return Network(fake)
-
-
-@pytest.fixture
-async def client(network: Network) -> AsyncIterator[UserServiceClient]:
-    async with client_of(network) as made:
-        yield made
-
-
-@pytest.fixture
-async def live(network: Network) -> AsyncIterator[UserServiceClient]:
-    async with client_of(network, live=True) as made:
-        yield made
+from .network import NOBODY, Network, client_of, ids_of
 
 
 async def critical(client: UserServiceClient, user_id: str) -> User:

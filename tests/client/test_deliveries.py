@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -25,33 +24,10 @@ from user_service_client import (
 from user_service_client.testing import FakeUserService
 from user_service_schemas import Catalogue, Priority, decide
 
-from .network import Network, client_of, ids_of
+from .network import NOBODY, Network, client_of, ids_of
 
-NOBODY = "01a205c7-a743-7a16-a135-c839ba84936e"
 FRESH, STALE = 30, 300
 """Seconds of client.md's table."""
-
-
-@pytest.fixture
-def fake() -> FakeUserService:
-    return FakeUserService()
-
-
-@pytest.fixture
-def network(fake: FakeUserService) -> Network:
-    return Network(fake)
-
-
-@pytest.fixture
-async def client(network: Network) -> AsyncIterator[UserServiceClient]:
-    async with client_of(network) as made:
-        yield made
-
-
-@pytest.fixture
-async def live(network: Network) -> AsyncIterator[UserServiceClient]:
-    async with client_of(network, live=True) as made:
-        yield made
 
 
 @pytest.fixture

@@ -4,24 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
 
 import pytest
 from user_service_client import Hooks, StreamEvent, StreamState, UserServiceClient
-from user_service_client.testing import FakeUserService
 
 from .network import Network, client_of
-
-
-@pytest.fixture
-def network() -> Network:
-    return Network(FakeUserService())
-
-
-@pytest.fixture
-async def live(network: Network) -> AsyncIterator[UserServiceClient]:
-    async with client_of(network, live=True) as made:
-        yield made
 
 
 def stream_of(client: UserServiceClient) -> StreamState:

@@ -6,7 +6,6 @@ On a virtual clock; the service takes no connections, and comes back.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import pytest
 from user_service_client import CacheOptions, User, UserServiceClient, UserServiceError
@@ -14,27 +13,9 @@ from user_service_client._cache import Use, Wish
 from user_service_client._calls import CallOptions
 from user_service_client.testing import FakeUserService
 
-from .network import Network, client_of, ids_of
+from .network import NOBODY, Network, client_of, ids_of
 
 USERS = 5_000
-NOBODY = "01a205c7-a743-7a16-a135-c839ba84936e"
-
-
-@pytest.fixture
-def network() -> Network:
-    return Network(FakeUserService())
-
-
-@pytest.fixture
-async def client(network: Network) -> AsyncIterator[UserServiceClient]:
-    async with client_of(network) as made:
-        yield made
-
-
-@pytest.fixture
-async def live(network: Network) -> AsyncIterator[UserServiceClient]:
-    async with client_of(network, live=True) as made:
-        yield made
 
 
 async def read(
