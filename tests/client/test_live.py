@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from datetime import timedelta
 
 import pytest
 from user_service_client import Hooks, StreamEvent, StreamState, UserServiceClient
+from user_service_schemas import Heartbeat
 
 from .network import Network, client_of
 
@@ -192,6 +194,39 @@ async def test_what_a_server_that_lags_says_when_the_stream_begins_is_not_covere
         await client.users.get(user.id)
         await network.fake.clock.advance(0)
         assert await client.users.get(user.id) == changed
+
+
+async def test_what_a_late_heartbeat_says_is_as_old_as_the_heartbeat(
+    network: Network, live: UserServiceClient
+) -> None:
+    """The event loop stood still, and heartbeats lay in the socket: the last is of 12:00:30."""
+    clock, feed = network.fake.clock, network.fake._directory.feed
+    await clock.sleep(40)
+    feed._streams.clear()  # half-open: no further one comes
+    await clock.advance(0)
+    assert clock.monotonic() == 42
+    assert is_complete(live)
+    await clock.advance(30 + 30 - 42 - 0.1)
+    assert is_complete(live)
+    await clock.advance(0.2)
+    assert stream_of(live) is StreamState.LIVE
+    assert not is_complete(live)
+
+
+async def test_a_server_whose_clock_is_behind_anothers_is_not_late(
+    network: Network, live: UserServiceClient
+) -> None:
+    """How late heartbeats are is measured within a connection: the next leads to another server."""
+    feed = network.fake._directory.feed
+
+    def an_hour_behind() -> Heartbeat:
+        now = network.fake.clock.now() - timedelta(hours=1)
+        return Heartbeat(through=now, now=now)
+
+    feed._completeness = an_hour_behind  # type: ignore[method-assign]
+    network.fake.break_streams()
+    await network.fake.clock.advance(60)
+    assert is_complete(live)
 
 
 async def test_silence_is_taken_for_the_end(network: Network, live: UserServiceClient) -> None:

@@ -22,6 +22,7 @@ from user_service_schemas import Change, Heartbeat, Reset
 from user_service_client._cache import DocumentCache
 from user_service_client._calls import Call, Calls
 from user_service_client._clock import Clock
+from user_service_client._coverage import Lateness
 from user_service_client._loops import Home
 from user_service_client.errors import (
     BadRequest,
@@ -109,6 +110,7 @@ class LiveUpdates:
         self._clock = clock
         self._hook = hooks.stream
         self._cursor = ""
+        self._lateness = Lateness()
         self._task: asyncio.Task[None] | None = None
         self._pid = 0
         self._state = StreamState.OFF
@@ -138,6 +140,7 @@ class LiveUpdates:
         while self._task is asyncio.current_task():
             heard = False
             reason = "ended"
+            self._lateness = Lateness()  # the next connection may lead to another machine
             try:
                 async for event in self._events():
                     if not heard:
@@ -186,7 +189,9 @@ class LiveUpdates:
             if event.name == "ready":
                 self._hear_of_epoch(event.id)
                 self._cache.coverage.began()
-            self._cache.coverage.complete((heartbeat.now - heartbeat.through).total_seconds())
+            late = self._lateness.of(heartbeat.now, heard=self._clock.monotonic())
+            lag = (heartbeat.now - heartbeat.through).total_seconds()
+            self._cache.coverage.complete(lag + late)
         elif event.name == "reset":
             self._hear_of_epoch(event.id)
             self._reset(event.id, _decode_reset(event.data).reason)
