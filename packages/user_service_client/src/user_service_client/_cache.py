@@ -21,7 +21,7 @@ from functools import partial
 from sys import intern
 from typing import NamedTuple, Protocol
 
-from user_service_schemas import ErrorCode, User
+from user_service_schemas import MAX_BATCH, ErrorCode, User
 
 from user_service_client._calls import CallOptions, batches
 from user_service_client._clock import Clock
@@ -50,7 +50,8 @@ TRIES = 3
 """How often a read is repeated whose answer was overtaken."""
 REFRESHES_AT_ONCE = 16
 REFRESHES_A_SECOND = 200
-"""How many old copies are revalidated in the background: after an outage, all are old together."""
+"""How many requests revalidate old copies in the background: after an outage, all are old together.
+What there is no room for is revalidated when it is read again."""
 BATCHES_AT_ONCE = 4
 DOUBTFUL_AT_ONCE = 16
 """How many users of a batch are asked for again at a time."""
@@ -536,13 +537,9 @@ class DocumentCache:
         second = int(self._monotonic())
         if second != self._refresh_second:
             self._refresh_second, self._refreshed = second, 0
+        room = min(REFRESHES_AT_ONCE - len(self._refreshes), REFRESHES_A_SECOND - self._refreshed)
         wanted = [user_id for user_id in ids if user_id not in self._flights]
-        if (
-            not wanted
-            or len(self._refreshes) >= REFRESHES_AT_ONCE
-            or self._refreshed >= REFRESHES_A_SECOND
-        ):
-            return
+        wanted = wanted[: room if one_by_one else room * MAX_BATCH]
         deadline = self._source.deadline()
         for flight in self._depart(wanted, deadline, CallOptions(), one_by_one):
             self._refreshed += 1
