@@ -224,7 +224,7 @@ class Calls:
     def deadline(self, timeout: float | None) -> Deadline:
         """Return the deadline of a call that begins now."""
         seconds = self._timeout if timeout is None else timeout
-        left = seconds_left_in_scope()
+        left = seconds_left_in_scope(self._clock.monotonic)
         if left is not None:
             seconds = min(seconds, left)
         return Deadline(self._clock.monotonic() + seconds)
