@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from user_service_client import (
@@ -760,3 +761,11 @@ async def test_an_epoch_that_was_taken_for_past_is_believed_when_it_goes_on(
     await client.users.get(user.id)
     assert client.users.peek(user.id) is not None
     assert client._documents.epoch == network.fake._directory.feed.epoch
+
+
+@pytest.mark.parametrize("name", ["max_documents", "max_bytes", "fresh_for", "max_stale"])
+@pytest.mark.parametrize("number", [-1, float("nan")])
+def test_a_number_below_0_is_no_option(name: str, number: Any) -> None:
+    with pytest.raises(ValueError, match="CacheOptions"):
+        CacheOptions(**{name: number})
+    CacheOptions(**{name: 0})

@@ -532,6 +532,22 @@ async def test_2500_reports_are_3_requests_with_keys_of_their_own(
     assert fake.document(ada.id).version == 3
 
 
+@pytest.mark.parametrize("length", [252, 253, 254, 255])
+async def test_keys_of_further_requests_are_no_longer_than_a_key_may_be(
+    fake: FakeUserService, network: Network, client: UserServiceClient, length: int
+) -> None:
+    item = PushFeedback(token="t", reason="unregistered", at=fake.clock.now())
+    key, other = "k" * length, "k" * (length - 1) + "l"
+    for used in (key, key, other):
+        await client.feedback.report([item] * 2500, idempotency_key=used)
+    sent = network.sent("Idempotency-Key")
+    assert sent[0] == key
+    assert all(len(one or "") <= 255 for one in sent)
+    assert sent[:3] == sent[3:6], "a repeat has the same"
+    assert len(set(sent)) == 6, "each request has its own"
+    assert len(fake.feedback) == 5000
+
+
 async def test_reports_without_a_key_are_writes_of_their_own(
     fake: FakeUserService, network: Network, client: UserServiceClient
 ) -> None:

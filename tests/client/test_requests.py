@@ -314,6 +314,13 @@ async def test_headers_of_a_call_override_and_its_id_is_sent(
     assert service.sent.headers["User-Agent"].startswith("user-service-client/")
 
 
+@pytest.mark.parametrize("name", ["timeout", "attempt_timeout", "retries"])
+@pytest.mark.parametrize("number", [-1, float("nan")])
+def test_a_number_that_bounds_nothing_is_refused(name: str, number: Any) -> None:
+    with pytest.raises(ValueError, match="timeouts"):
+        UserServiceClient("http://h", **{name: number})
+
+
 @pytest.mark.parametrize("url", ["users:3001", "ftp://h", "http://", "http://k@h", "http://h?a=1"])
 def test_a_base_url_that_would_be_misread_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match="base_url"):

@@ -70,12 +70,21 @@ class CacheOptions:
         fresh_for: Seconds for which a copy is used without asking, where nothing tells of changes.
         max_stale: Seconds for which a copy is used while it is revalidated in the background, or
             while the service cannot be reached.
+
+    Raises:
+        ValueError: a number is below 0, or not a number.
     """
 
     max_documents: int = 50_000
     max_bytes: int = 128 * 1024 * 1024
     fresh_for: float = 30.0
     max_stale: float = 300.0
+
+    def __post_init__(self) -> None:
+        """Refuse what would silently keep nothing, or for ever: all comparisons with NaN fail."""
+        numbers = (self.max_documents, self.max_bytes, self.fresh_for, self.max_stale)
+        if not all(number >= 0 for number in numbers):
+            raise ValueError("the numbers of CacheOptions must not be below 0")
 
 
 @dataclass(frozen=True, slots=True)

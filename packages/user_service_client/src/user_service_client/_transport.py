@@ -15,6 +15,7 @@ from user_service_client._loops import Home
 from user_service_client.errors import DecodeError, MaybeProcessed, NotSent, UserServiceError
 
 TransportFactory: TypeAlias = Callable[[], httpx.AsyncBaseTransport]
+"""A function that makes a transport; it is called for every event loop that a client comes to."""
 
 _NOT_SENT = (
     httpx.ConnectError,

@@ -101,7 +101,7 @@ class UserServiceClient:
         transport: httpx.AsyncBaseTransport | TransportFactory | None = None,
         clock: Clock | None = None,
     ) -> None:
-        if min(timeout, attempt_timeout) <= 0 or retries < 0:
+        if not (timeout > 0 and attempt_timeout > 0 and retries >= 0):  # nor NaN
             raise ValueError("timeouts must be above 0, and retries not below")
         clock = clock or SystemClock()
         self._home = home = Home()
