@@ -763,6 +763,20 @@ async def test_an_epoch_that_was_taken_for_past_is_believed_when_it_goes_on(
     assert client._documents.epoch == network.fake._directory.feed.epoch
 
 
+async def test_what_is_remembered_of_an_unknown_id_says_that_nobody_was_asked(
+    network: Network, client: UserServiceClient
+) -> None:
+    for attempts in (1, 0, 0):
+        with pytest.raises(NotFound) as unknown:
+            await client.users.get(NOBODY)
+        assert (unknown.value.attempts, unknown.value.code) == (attempts, "user_not_found")
+    await network.fake.clock.advance(6)
+    with pytest.raises(NotFound) as unknown:
+        await client.users.get(NOBODY)
+    assert unknown.value.attempts == 1
+    assert network.requests == {"users.get": 2}
+
+
 @pytest.mark.parametrize("name", ["max_documents", "max_bytes", "fresh_for", "max_stale"])
 @pytest.mark.parametrize("number", [-1, float("nan")])
 def test_a_number_below_0_is_no_option(name: str, number: Any) -> None:

@@ -30,6 +30,7 @@ from user_service_client import (
     UserServiceError,
     VersionMismatch,
 )
+from user_service_client.testing import FakeUserService
 
 from tests.client.conftest import ETAG, USER, USER_ID, Service, envelope
 
@@ -143,6 +144,23 @@ async def test_retry_after_is_seconds(
         await scripted.users.get(USER_ID)
     assert caught.value.retry_after is not None
     assert low <= caught.value.retry_after <= high
+
+
+async def test_a_date_to_retry_after_is_one_of_the_clients_clock(fake: FakeUserService) -> None:
+    """As all waiting: else a test of what a date does would wait until that year."""
+    at = fake.clock.now() + timedelta(seconds=90)
+    fake.fail(status=429, times=None, retry_after=at)
+    async with UserServiceClient("http://h", transport=fake, clock=fake.clock) as client:
+        with pytest.raises(RateLimited) as caught:
+            await client.users.get(USER_ID)
+        assert caught.value.retry_after == 90
+        await fake.clock.advance(30)
+        with pytest.raises(RateLimited) as caught:
+            await client.users.get(USER_ID)
+        assert caught.value.retry_after == 60
+        with pytest.raises(ApiError) as refused:
+            await client.health()
+        assert refused.value.retry_after == 60
 
 
 @pytest.mark.parametrize("value", ["", "soon", "-1", "nan", "1.5"])

@@ -319,10 +319,12 @@ class DocumentCache:
             NotFound: nobody has this id.
             UserServiceError: the service cannot be asked, and no copy is new enough.
         """
+        is_remembered = wish.use is not Use.CRITICAL and self._is_unknown(user_id)
         entry = (await self.read_many([user_id], wish, one_by_one=True))[user_id]
         if entry is None:
             code = ErrorCode.USER_NOT_FOUND
-            raise NotFound(f"users.get: 404 {code}", code=code, status=404)
+            attempts = 0 if is_remembered else 1
+            raise NotFound(f"users.get: 404 {code}", code=code, status=404, attempts=attempts)
         return entry
 
     async def read_many(self, ids: Sequence[str], wish: Wish, *, one_by_one: bool = False) -> Found:

@@ -359,7 +359,7 @@ class Calls:
         answer = run.answer = Answer(call.operation, reply, run.request_id, run.attempts, elapsed)
         if answer.is_success or answer.status in call.accepts:
             return None
-        refused = answer.error()
+        refused = answer.error(self._clock.now())
         refused.maybe_processed = leaves_in_doubt(refused)
         return refused
 
@@ -409,7 +409,8 @@ class Calls:
         async with self._transport.stream(request, attempt) as response:
             if response.status_code != 200:
                 await response.aread()
-                raise Answer.of(call.operation, response, attempt.request_id).error()
+                answer = Answer.of(call.operation, response, attempt.request_id)
+                raise answer.error(self._clock.now())
             yield response
 
     def _headers(self, call: Call) -> MutableMapping[str, str]:
