@@ -80,14 +80,18 @@ class Transport:
     """
 
     def __init__(
-        self, transport: httpx.AsyncBaseTransport | TransportFactory | None, home: Home
+        self,
+        transport: httpx.AsyncBaseTransport | TransportFactory | None,
+        home: Home,
+        *,
+        is_tls: bool,
     ) -> None:
         self._given: httpx.AsyncBaseTransport | None = None
         if isinstance(transport, httpx.AsyncBaseTransport):
             given = self._given = transport
             self._make: TransportFactory = lambda: given
         else:
-            self._make = transport or _default_transport()
+            self._make = transport or _default_transport(is_tls)
         self._current: httpx.AsyncBaseTransport | None = self._given
         self._tells_what_leaves = _tells_what_leaves(self._given)
         self.closings = 0
@@ -178,10 +182,13 @@ class Transport:
         self.abandon()
 
 
-def _default_transport() -> TransportFactory:
-    # With the first client, and not with the package: importing aiohttp takes 100 ms.
-    from user_service_client._aiohttp import AiohttpTransport  # noqa: PLC0415
+def _default_transport(is_tls: bool) -> TransportFactory:
+    # With the first client, and not with the package: importing aiohttp takes 100 ms. Nor with the
+    # first call, while others wait for the event loop: the context of TLS takes 25 ms.
+    from user_service_client._aiohttp import AiohttpTransport, tls_context  # noqa: PLC0415
 
+    if is_tls:
+        tls_context(verify=True)
     return AiohttpTransport
 
 

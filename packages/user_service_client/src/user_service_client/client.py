@@ -105,7 +105,7 @@ class UserServiceClient:
             raise ValueError("timeouts must be above 0, and retries not below")
         self._clock = clock = clock or SystemClock()
         self._home = home = Home()
-        self._transport = Transport(transport, home)
+        self._transport = Transport(transport, home, is_tls=base_url.lower().startswith("https:"))
         calls = Calls(
             base_url,
             api_key=api_key,
