@@ -162,9 +162,6 @@ async def test_an_unknown_id_is_not_made_up_from_nothing(
 
 
 def a_crowd(network: Network, count: int) -> list[User]:
-    """Register users, of whom nobody looks whether their names are taken."""
-    directory = network.fake._directory
-    directory._refuse_taken = lambda *_: None  # type: ignore[method-assign]
     return [network.fake.user() for _ in range(count)]
 
 
