@@ -18,7 +18,6 @@ from copy import copy
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
-from itertools import islice
 from sys import intern
 from typing import NamedTuple, Protocol
 
@@ -26,7 +25,9 @@ from user_service_schemas import ErrorCode, User
 
 from user_service_client._calls import CallOptions, batches
 from user_service_client._clock import Clock
+from user_service_client._coverage import Coverage
 from user_service_client._deadline import Deadline
+from user_service_client._floors import Floors, Generations
 from user_service_client._loops import Home
 from user_service_client._retry import is_outage
 from user_service_client._store import MAX_FREQ, Store, Stored
@@ -42,18 +43,6 @@ from user_service_client.hooks import CacheEvent, CacheResult, Hooks, tell
 UNKNOWN_FOR = 5.0
 """Seconds for which it is remembered that nobody has an id."""
 MAX_UNKNOWN = 10_000
-FLOOR_FOR = 60.0
-"""Seconds for which a version that was heard of is remembered: much longer than servers may lag
-behind one another (1 s under faults, 20 ms otherwise)."""
-MAX_FLOORS = 100_000
-MAX_DROPPED = 10_000
-ABOVE_ALL = 10**17
-"""A version that no user has: what Postgres says is believed, and nothing else."""
-LAG = 2.0
-"""Seconds after a stream began from which what is read is covered by it: what a server read just
-before may be older than the first event."""
-COMPLETE_FOR = 30.0
-"""Seconds that the stream's `through` may be behind."""
 TTL_JITTER = 0.1
 GRACE = 0.02
 """Seconds by which who waits for a request lets it say itself that its time was up."""
@@ -65,7 +54,6 @@ REFRESHES_A_SECOND = 200
 BATCHES_AT_ONCE = 4
 DOUBTFUL_AT_ONCE = 16
 """How many users of a batch are asked for again at a time."""
-MAX_PAST_EPOCHS = 16
 
 _TAG = re.compile(r'(?:W/)?"([0-9a-f]+)\.([0-9a-f]+)\.([0-9]{1,18})"')
 _log = logging.getLogger("user_service_client")
@@ -274,22 +262,11 @@ class DocumentCache:
         self._refreshes: set[asyncio.Task[Found]] = set()
         self._refresh_second = 0
         self._refreshed = 0
-        # Versions that were heard of, and when, oldest first; of who was erased, infinity.
-        self._floors: dict[str, tuple[float, float]] = {}
         self._unknown: dict[str, float] = {}
-        self._epoch: str | None = None
-        self._past_epochs: dict[str, float] = {}
-        # Raised by whatever ends copies that are on their way. What was asked before `_cleared_in`
-        # is not kept, nor, of these users, what was asked before theirs.
-        self._generation = self._cleared_in = 0
-        self._dropped: dict[str, int] = {}
-        # What was validated before is to be revalidated: the epoch or the stream began anew then.
-        self._valid_from = -math.inf
-        # What was validated since then is covered by the stream, which has told of all changes up
-        # to `through`, and which is relied upon while that is not long ago.
-        self._covered_since = math.inf
-        self._through = -math.inf
-        self._complete_until = -math.inf
+        self._floors = Floors(clock.monotonic)
+        self._generations = Generations()
+        self.coverage = Coverage(clock.monotonic, self._options.fresh_for)
+        """What the stream covers, as whoever follows it tells."""
         self._hits = self._stale = self._misses = self._unknowns = 0
         self._confirmed = self._invalidated = self._overtaken = 0
         home.on_move(self._let_go)
@@ -302,10 +279,10 @@ class DocumentCache:
         if entry is None:
             return None
         # `is_fresh`, once more: a call would double what a read costs.
-        now, validated_at = self._monotonic(), entry.validated_at
-        if validated_at < self._valid_from or (
+        now, validated_at, coverage = self._monotonic(), entry.validated_at, self.coverage
+        if validated_at < coverage.valid_from or (
             now >= entry.fresh_until
-            and (now >= self._complete_until or validated_at < self._covered_since)
+            and (now >= coverage.complete_until or validated_at < coverage.since)
         ):
             return None
         if entry.freq < MAX_FREQ:
@@ -315,21 +292,15 @@ class DocumentCache:
 
     def is_fresh(self, entry: CachedUser) -> bool:
         """Whether a copy may be used without asking."""
-        now, validated_at = self._monotonic(), entry.validated_at
-        return validated_at >= self._valid_from and (
+        now, validated_at, coverage = self._monotonic(), entry.validated_at, self.coverage
+        return validated_at >= coverage.valid_from and (
             now < entry.fresh_until
-            or (now < self._complete_until and validated_at >= self._covered_since)
+            or (now < coverage.complete_until and validated_at >= coverage.since)
         )
 
     def age(self, entry: CachedUser) -> float:
         """Return the seconds since a copy was certainly the newest version."""
-        return self._monotonic() - self._known_good_at(entry)
-
-    def _known_good_at(self, entry: CachedUser) -> float:
-        if entry.validated_at < self._covered_since:
-            return entry.validated_at
-        # The stream was complete until then, and told of no change of it.
-        return max(entry.validated_at, self._through)
+        return self._monotonic() - self.coverage.known_good_at(entry.validated_at)
 
     async def read(self, user_id: str, wish: Wish) -> CachedUser:
         """Return a copy that is new enough for its use, asking the service if need be.
@@ -385,7 +356,7 @@ class DocumentCache:
     def _may_be_old(self, entry: CachedUser, wish: Wish) -> bool:
         """Whether a copy will do while it is revalidated: not one that a reset has marked."""
         allowed = min(self._allowed(wish), self._options.max_stale)
-        return entry.validated_at >= self._valid_from and self.age(entry) <= allowed
+        return entry.validated_at >= self.coverage.valid_from and self.age(entry) <= allowed
 
     def _allowed(self, wish: Wish) -> float:
         """Return how old a copy may be if the service cannot be reached."""
@@ -493,7 +464,7 @@ class DocumentCache:
                 # wait by now.
                 self._landed([user_id], flight)
             held = self._entries.get(user_id)
-            if held is not None and held.epoch != self._epoch:
+            if held is not None and held.epoch != self._floors.epoch:
                 held = None  # only who has not heard of the new epoch yet would confirm it
             floor, asked = self.floor(user_id), self.asking()
             try:
@@ -507,7 +478,7 @@ class DocumentCache:
                 return {user_id: None}
             if fetched is not None:
                 entry = self._keep(fetched, asked)
-            elif held is not None and self._may_keep(user_id, asked):
+            elif held is not None and self._generations.allow(user_id, asked.generation):
                 entry = self._confirm(held, asked.at)
             else:
                 entry = None
@@ -582,7 +553,7 @@ class DocumentCache:
 
     def asking(self) -> Asked:
         """Return what `keep` is to be told of a request that begins now."""
-        return Asked(self._monotonic(), self._generation)
+        return Asked(self._monotonic(), self._generations.current)
 
     def keep(self, fetched: Fetched, asked: Asked) -> None:
         """Keep what a write through this client, or a read past the cache, has answered."""
@@ -590,14 +561,10 @@ class DocumentCache:
             self.heard_of(fetched.user.id, fetched.user.version, fetched.epoch)
             self._keep(fetched, asked)
 
-    def _may_keep(self, user_id: str, asked: Asked) -> bool:
-        """Whether nothing has ended all copies of a user since something was asked."""
-        return asked.generation >= max(self._cleared_in, self._dropped.get(user_id, 0))
-
     def _keep(self, fetched: Fetched, asked: Asked) -> CachedUser | None:
         """Return what was fetched as a copy, kept if it may be; None if it is outdated."""
         user = fetched.user
-        may_keep = self._may_keep(user.id, asked)
+        may_keep = self._generations.allow(user.id, asked.generation)
         entry = self._copy(fetched, asked.at)
         if not fetched.epoch:
             return entry
@@ -626,11 +593,12 @@ class DocumentCache:
         """
         kept: Found = {}
         entries, put = self._entries, self._store.put
+        floors, dropped = self._floors.heard, self._generations.dropped
         fresh_until = self._fresh_until(asked.at)
         for user_id, one in fetched.items():
-            if one.epoch != self._epoch or asked.generation < self._cleared_in:
+            if one.epoch != self._floors.epoch or asked.generation < self._generations.cleared_in:
                 break
-            if not (user_id in entries or user_id in self._floors or user_id in self._dropped):
+            if not (user_id in entries or user_id in floors or user_id in dropped):
                 self._unknown.pop(user_id, None)
                 entry = kept[user_id] = CachedUser(one, self, asked.at, fresh_until)
                 put(entry)
@@ -641,7 +609,7 @@ class DocumentCache:
 
     def _confirm(self, held: CachedUser, asked_at: float) -> CachedUser | None:
         """Take a copy for as new as the question was; None if it is outdated by now."""
-        if held.epoch != self._epoch or held.user.version < self.floor(held.user.id):
+        if held.epoch != self._floors.epoch or held.user.version < self.floor(held.user.id):
             return None
         self._confirmed += 1
         self._renew(held, asked_at)
@@ -664,10 +632,7 @@ class DocumentCache:
         if not self._is_current_epoch(epoch):
             return
         self._unknown.pop(user_id, None)
-        known, _ = self._floors.pop(user_id, (0.0, 0.0))
-        now = self._monotonic()
-        self._floors[user_id] = (max(known, version), now)
-        self._forget_floors(now)
+        self._floors.rise(user_id, version)
         entry = self._entries.get(user_id)
         if entry is not None and (entry.user.version < version or entry.epoch != epoch):
             self._store.remove(user_id)
@@ -676,8 +641,7 @@ class DocumentCache:
     def erased(self, user_id: str) -> None:
         """Hear that this client has erased a user, whose id is never used again."""
         self.invalidate(user_id)
-        self._floors.pop(user_id, None)
-        self._floors[user_id] = (math.inf, self._monotonic())
+        self._floors.rise(user_id, math.inf)
         self._remember_unknown(user_id)
 
     def invalidate(self, user_id: str) -> None:
@@ -686,98 +650,50 @@ class DocumentCache:
             self._invalidated += 1
         self._unknown.pop(user_id, None)
         self._flights.pop(user_id, None)
-        self._generation += 1
-        self._dropped.pop(user_id, None)
-        self._dropped[user_id] = self._generation
-        if len(self._dropped) > MAX_DROPPED:
-            self._cleared_in = self._dropped.pop(next(iter(self._dropped)))
+        self._generations.drop(user_id)
 
     def clear(self) -> None:
         """Do not believe any copy, nor one that is on its way."""
-        self._keep_nothing_from_before()
+        self._generations.drop_all()
         self._store.clear()
         self._unknown.clear()
         self._flights.clear()
 
-    def _keep_nothing_from_before(self) -> None:
-        self._generation += 1
-        self._cleared_in = self._generation
-        self._dropped.clear()
-
-    def began(self) -> None:
-        """The stream begins here: it covers what is read from now on."""
-        self._covered_since = self._monotonic() + LAG
-        self._through = self._complete_until = -math.inf
-
-    def complete(self, lag: float) -> None:
-        """The stream has told of all changes until `lag` seconds ago."""
-        self._through = max(self._through, self._monotonic() - max(0.0, lag))
-        self._complete_until = self._through + COMPLETE_FOR
-
-    def interrupted(self) -> None:
-        """The stream is gone: changes are not told of, until it goes on from where it was.
-
-        What it covered is as if it had been validated when it was last complete, or each restart of
-        a server would have all copies revalidated at once.
-        """
-        self._complete_until = min(self._complete_until, self._through + self._options.fresh_for)
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the stream tells of all changes in time."""
-        return self._monotonic() < self._complete_until
-
     def reset(self) -> None:
         """Something may have been missed: mark all copies to be revalidated when they are read."""
-        self._valid_from = now = self._monotonic()
-        before = math.nextafter(now, -math.inf)  # the clock of a test stands still
+        before = math.nextafter(self._monotonic(), -math.inf)  # the clock of a test stands still
         for entry in self._entries.values():
-            entry.validated_at = min(before, self._known_good_at(entry))
-        self.began()
+            good_at = self.coverage.known_good_at(entry.validated_at)
+            entry.validated_at = min(before, good_at)
+        self.coverage.reset()
 
     def _is_current_epoch(self, epoch: str) -> bool:
         """Whether `epoch` is the newest that was seen; a new one marks what is of another."""
-        if epoch == self._epoch:
+        if epoch == self._floors.epoch:
             return True
-        now = self._monotonic()
-        # Epochs have no order. Who lags behind says an old one for a second, not for a minute.
-        if now - self._past_epochs.get(epoch, -math.inf) < FLOOR_FOR:
+        if self._floors.is_past(epoch):
             return False
-        self._past_epochs.pop(epoch, None)
-        if self._epoch is not None:
-            self._past_epochs[self._epoch] = now
-            if len(self._past_epochs) > MAX_PAST_EPOCHS:
-                del self._past_epochs[next(iter(self._past_epochs))]
+        if self._floors.begin(epoch):
             _log.warning("the service has a new epoch: all copies are revalidated")
-            # Versions of another epoch say nothing of this one's.
-            self._floors.clear()
             self._unknown.clear()
             self._flights.clear()
-            self._keep_nothing_from_before()
+            self._generations.drop_all()
             self.reset()
-        self._epoch = epoch
         return True
 
     def epoch_is(self, epoch: str) -> None:
         """Hear from the stream of the epoch that the service is in, whatever others have said."""
-        self._past_epochs.pop(epoch, None)
+        self._floors.recall(epoch)
         self._is_current_epoch(epoch)
 
     @property
     def epoch(self) -> str | None:
         """The newest epoch that was seen."""
-        return self._epoch
+        return self._floors.epoch
 
     def floor(self, user_id: str) -> int:
         """Return the version below which no copy of a user is believed."""
-        version, _ = self._floors.get(user_id, (0.0, 0.0))
-        return ABOVE_ALL if version == math.inf else int(version)
-
-    def _forget_floors(self, now: float) -> None:
-        # Two at a time, the oldest first: as fast as they come, and no pause for all of them.
-        for user_id, (_, at) in list(islice(self._floors.items(), 2)):
-            if at < now - FLOOR_FOR or len(self._floors) > MAX_FLOORS:
-                del self._floors[user_id]
+        return self._floors.of(user_id)
 
     def _is_unknown(self, user_id: str) -> bool:
         until = self._unknown.get(user_id)
@@ -789,7 +705,7 @@ class DocumentCache:
         return False
 
     def _find_unknown(self, user_id: str, asked: Asked) -> None:
-        if self._may_keep(user_id, asked):
+        if self._generations.allow(user_id, asked.generation):
             self._store.remove(user_id)
             self._remember_unknown(user_id)
 

@@ -119,7 +119,7 @@ class LiveUpdates:
     @property
     def status(self) -> ClientStatus:
         """Whether it hears of changes, and since when."""
-        is_complete = self._state is StreamState.LIVE and self._cache.is_complete
+        is_complete = self._state is StreamState.LIVE and self._cache.coverage.is_complete
         return ClientStatus(self._state, self._since, is_complete)
 
     @property
@@ -156,7 +156,7 @@ class LiveUpdates:
             except Exception:  # noqa: BLE001 - nobody else would ever follow the stream again
                 _log.exception("the stream of changes has failed")
                 reason = "failure"
-            self._cache.interrupted()
+            self._cache.coverage.interrupted()
             if self._state is StreamState.LIVE:
                 self._come_to(StreamState.INTERRUPTED, reason)
             await self._clock.pause(delay * random.uniform(0.5, 1))  # noqa: S311 - no secret
@@ -185,8 +185,8 @@ class LiveUpdates:
             heartbeat = _decode_heartbeat(event.data)
             if event.name == "ready":
                 self._hear_of_epoch(event.id)
-                self._cache.began()
-            self._cache.complete((heartbeat.now - heartbeat.through).total_seconds())
+                self._cache.coverage.began()
+            self._cache.coverage.complete((heartbeat.now - heartbeat.through).total_seconds())
         elif event.name == "reset":
             self._hear_of_epoch(event.id)
             self._reset(event.id, _decode_reset(event.data).reason)
@@ -222,7 +222,7 @@ class LiveUpdates:
     def _let_go(self) -> None:
         """Forget the task of another event loop; the next goes on from the cursor."""
         task, self._task = self._task, None
-        self._cache.interrupted()
+        self._cache.coverage.interrupted()
         # A loop that stands still may go on one day; of a fork's parent, it is the parent's.
         if task is not None and self._pid == os.getpid() and not task.get_loop().is_closed():
             task.get_loop().call_soon_threadsafe(task.cancel)
@@ -238,6 +238,6 @@ class LiveUpdates:
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        self._cache.interrupted()
+        self._cache.coverage.interrupted()
         if self._state is not StreamState.OFF:
             self._come_to(StreamState.OFF, "closed")
