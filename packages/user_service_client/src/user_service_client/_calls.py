@@ -27,7 +27,7 @@ from user_service_schemas import MAX_BATCH, Request
 
 from user_service_client._answers import Answer
 from user_service_client._clock import Clock
-from user_service_client._deadline import Deadline, seconds_left_in_scope
+from user_service_client._deadline import seconds_left_in_scope
 from user_service_client._loops import Home
 from user_service_client._retry import (
     Breaker,
@@ -122,7 +122,7 @@ class Call:
         held: The ETag of a copy that a 304 can confirm.
         accepts: Statuses beside 2xx that are answers, and no errors.
         min_version: The version below which a server's own copy is not to be believed.
-        deadline: When it must have ended, where somebody else may put that off.
+        deadline: When it must have ended, by the client's clock, where `timeout` does not say it.
     """
 
     operation: str
@@ -139,7 +139,7 @@ class Call:
     held: str | None = None
     accepts: frozenset[int] = frozenset()
     min_version: int = 0
-    deadline: Deadline | None = None
+    deadline: float | None = None
 
 
 class _Run:
@@ -163,7 +163,7 @@ class _Run:
         self,
         call: Call,
         headers: MutableMapping[str, str],
-        deadline: Deadline,
+        deadline: float,
         retries: int,
         *,
         started: float,
@@ -219,17 +219,17 @@ class Calls:
             "User-Agent": f"user-service-client/{version('user-service-client')}",
         }
 
-    def deadline(self, timeout: float | None) -> Deadline:
+    def deadline(self, timeout: float | None) -> float:
         """Return the deadline of a call that begins now."""
         seconds = self._timeout if timeout is None else timeout
         left = seconds_left_in_scope()
         if left is not None:
             seconds = min(seconds, left)
-        return Deadline(self._clock.monotonic() + seconds)
+        return self._clock.monotonic() + seconds
 
-    def deadline_of_its_own(self) -> Deadline:
+    def deadline_of_its_own(self) -> float:
         """Return the deadline of a call that begins now, and belongs to nobody's scope."""
-        return Deadline(self._clock.monotonic() + self._timeout)
+        return self._clock.monotonic() + self._timeout
 
     async def send(self, call: Call) -> Answer:
         """Make `call` and return the answer: a success, or what the call `accepts`.
@@ -241,7 +241,7 @@ class Calls:
         run = _Run(
             call,
             self._headers(call),
-            call.deadline or self.deadline(call.timeout),
+            self.deadline(call.timeout) if call.deadline is None else call.deadline,
             self._retries if call.retries is None else call.retries,
             started=self._clock.monotonic(),
             closings=self._transport.closings,
@@ -270,7 +270,7 @@ class Calls:
             if attempt > run.retries or run.closings != self._transport.closings:
                 return None
             delay = delay_after(error, attempt)
-            if self._clock.monotonic() + delay >= run.deadline.at:
+            if self._clock.monotonic() + delay >= run.deadline:
                 return None
             run.paid = self._budget.take(error)
             if not run.paid:
@@ -289,7 +289,7 @@ class Calls:
         """Make one attempt; returns what it failed with, or keeps the answer."""
         self._home.enter()  # each time: others may have used it elsewhere since the one before
         started = self._clock.monotonic()
-        limit = min(self._attempt_timeout, run.deadline.at - started)
+        limit = min(self._attempt_timeout, run.deadline - started)
         if limit <= 0:
             return self._out_of_time(run)
         admission = self.breaker.admit()
@@ -363,13 +363,13 @@ class Calls:
 
     def _in_time(self, run: _Run, error: UserServiceError) -> UserServiceError:
         """Return the error of an attempt, or that the time of the whole call was up with it."""
-        if self._clock.monotonic() < run.deadline.at - TICK:
+        if self._clock.monotonic() < run.deadline - TICK:
             return error
         run.maybe_processed = run.maybe_processed or error.maybe_processed
         return self._out_of_time(run)
 
     def _out_of_time(self, run: _Run) -> DeadlineExceeded:
-        timeout = max(0.0, run.deadline.at - run.started)  # it may have begun too late
+        timeout = max(0.0, run.deadline - run.started)  # it may have begun too late
         sent = "maybe processed" if run.maybe_processed else "not sent"
         return DeadlineExceeded(
             f"{run.call.operation}: no answer within {timeout:.3g} s, {sent}"
