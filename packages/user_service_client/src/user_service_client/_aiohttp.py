@@ -221,14 +221,14 @@ class _Pool:
         self._lives: WeakKeyDictionary[ResponseHandler, list[float]] = WeakKeyDictionary()
 
     async def exchange(self, transport: AiohttpTransport, seconds: float | None) -> _Exchange:
-        if self.slots.locked():
+        if seconds is None or not self.slots.locked():
+            await self.slots.acquire()
+        else:
             try:
                 async with asyncio.timeout(seconds):
                     await self.slots.acquire()
             except TimeoutError as error:
                 raise httpx.PoolTimeout("no connection was free in time") from error
-        else:
-            await self.slots.acquire()
         return _Exchange(self, transport)
 
     async def connect(

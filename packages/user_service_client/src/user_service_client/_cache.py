@@ -14,6 +14,7 @@ import math
 import random
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
 from enum import Enum
@@ -26,6 +27,7 @@ from user_service_schemas import ErrorCode, User
 from user_service_client._calls import TICK, CallOptions, batches
 from user_service_client._clock import Clock
 from user_service_client._coverage import Coverage
+from user_service_client._flights import Flight, Flights, until_over
 from user_service_client._floors import Floors, Generations
 from user_service_client._loops import Home
 from user_service_client._retry import is_outage
@@ -34,7 +36,6 @@ from user_service_client.errors import (
     DeadlineExceeded,
     DecodeError,
     NotFound,
-    NotSent,
     UserServiceError,
 )
 from user_service_client.hooks import CacheEvent, CacheResult, Hooks, tell
@@ -245,17 +246,6 @@ Found = dict[str, CachedUser | None]
 """Copies by id, None for ids that nobody has."""
 
 
-class _Flight:
-    """A request that is under way, for one user or many, and when it ends at the latest."""
-
-    __slots__ = ("deadline", "task")
-
-    task: asyncio.Task[Found]
-
-    def __init__(self, deadline: float) -> None:
-        self.deadline = deadline
-
-
 class DocumentCache:
     """Copies of users, by id."""
 
@@ -271,9 +261,8 @@ class DocumentCache:
         self._entries = self._store.entries
         self.peek = self._entries.get
         """Return the copy of an id, however old, or None."""
-        self._flights: dict[str, _Flight] = {}
-        self._under_way: set[asyncio.Task[Found]] = set()
-        self._refreshes: set[asyncio.Task[Found]] = set()
+        self._flights: Flights[Found] = Flights()
+        self._refreshes: set[asyncio.Task[None]] = set()
         self._refresh_second = 0
         self._refreshed = 0
         self._unknown: dict[str, float] = {}
@@ -354,7 +343,7 @@ class DocumentCache:
                 old.append(user_id)
             else:
                 lacking.append(user_id)
-        unknown = sum(entry is None for entry in found.values())
+        unknown = sum(entry is None for entry in found.values()) if found else 0
         if unknown:
             self._unknowns += unknown
             tell(self._hook, lambda: CacheEvent(CacheResult.UNKNOWN, unknown))
@@ -380,49 +369,49 @@ class DocumentCache:
         """Ask the service; where it cannot be reached, a copy will do that is not too old."""
         self._home.enter()  # before requests of another loop are joined
         started = self._monotonic()
-        joined: dict[_Flight, list[str]] = {}
+        joined: dict[Flight[Found], list[str]] = {}
         new: list[str] = []
         for user_id in ids:
-            flight = self._flights.get(user_id)
-            # What must be new does not join a request from before, nor do special wishes. What has
-            # ended, and was not tidied up yet, may be older than what was heard of since.
-            if flight is None or flight.task.done() or wish.use is Use.CRITICAL or wish.options:
+            # What must be new does not join a request from before, nor do special wishes.
+            is_alone = wish.use is Use.CRITICAL or wish.options
+            flight = None if is_alone else self._flights.joinable(user_id)
+            if flight is None:
                 new.append(user_id)
             else:
                 joined.setdefault(flight, []).append(user_id)
         flights = joined | self._depart(new, wish.deadline, wish.options, one_by_one)
-        # What is begun here ends by the deadline itself; and a timer costs 4 µs.
-        left = max(0.0, wish.deadline - self._monotonic()) + GRACE if joined else None
-        # Not cancelled with who waits: others may have joined, and what comes is kept.
-        await asyncio.wait([flight.task for flight in flights], timeout=left)
+        if joined:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, wish.deadline - started) + GRACE):
+                    await until_over(flights)
+        else:
+            await until_over(flights)  # each ends by the deadline itself, and a timer costs 4 µs
         found: Found = {}
         again: list[str] = []
         for flight, some in flights.items():
-            error: UserServiceError
-            if flight.task.cancelled():  # by `aclose`, and not with who waits
-                error = NotSent("the client was closed", elapsed=self._monotonic() - started)
-                found |= self._make_do(some, error, wish)
-                continue
-            try:
-                landed = flight.task.result()
-            except asyncio.InvalidStateError:
-                error = DeadlineExceeded(
-                    "the request that was waited for took too long",
-                    elapsed=self._monotonic() - started,
-                )
-            except UserServiceError as failed:
-                error = failed
-                is_impatient = isinstance(failed, DeadlineExceeded) and flight in joined
-                if is_impatient and self._monotonic() < wish.deadline - TICK:
-                    again += some  # who began it had less time
-                    continue
+            error = flight.error
+            if not flight.over.is_set():
+                elapsed = self._monotonic() - started
+                error = DeadlineExceeded("what was waited for took too long", elapsed=elapsed)
+            if error is None:
+                found |= {user_id: flight.found[user_id] for user_id in some}
+            elif not isinstance(error, UserServiceError):
+                raise error
+            elif self._was_impatient(flight, error, wish):
+                again += some
             else:
-                found |= {user_id: landed[user_id] for user_id in some}
-                continue
-            found |= self._make_do(some, error, wish)
+                found |= self._make_do(some, error, wish)
         if again:
             found |= await self._ask(again, wish, one_by_one)
         return found
+
+    def _was_impatient(self, flight: Flight[Found], error: Exception, wish: Wish) -> bool:
+        """Whether a request has failed since who began it had less time than who joined it."""
+        return (
+            isinstance(error, DeadlineExceeded)
+            and flight.deadline < wish.deadline
+            and self._monotonic() < wish.deadline - TICK
+        )
 
     def _make_do(self, ids: Sequence[str], error: UserServiceError, wish: Wish) -> Found:
         """Return copies where the service could not be reached; raises the error without them.
@@ -448,42 +437,23 @@ class DocumentCache:
 
     def _depart(
         self, ids: Sequence[str], deadline: float, options: CallOptions, one_by_one: bool
-    ) -> dict[_Flight, list[str]]:
+    ) -> dict[Flight[Found], list[str]]:
         """Begin requests for these ids, which others may join."""
+        depart = partial(self._flights.depart, deadline, is_shared=not options)
+        if one_by_one:
+            return {depart([i], partial(self._fetch, i, options)): [i] for i in ids}
         turns = asyncio.Semaphore(BATCHES_AT_ONCE)
-        departed: dict[_Flight, list[str]] = {}
-        for some in ([user_id] for user_id in ids) if one_by_one else batches(ids):
-            flight = _Flight(deadline)
-            if one_by_one:
-                request = self._fetch(some[0], flight, options)
-            else:
-                request = self._fetch_many(some, flight, options, turns)
-            flight.task = asyncio.create_task(request, name="user-service-fetch")
-            self._under_way.add(flight.task)
-            flight.task.add_done_callback(partial(self._ended, some, flight))
-            departed[flight] = some
-            if not options:
-                self._flights |= dict.fromkeys(some, flight)
-        return departed
+        return {
+            depart(some, partial(self._fetch_many, some, options, turns)): some
+            for some in batches(ids)
+        }
 
-    def _landed(self, ids: Sequence[str], flight: _Flight) -> None:
-        """Let nobody join a request any more, of these users."""
-        for user_id in ids:
-            if self._flights.get(user_id) is flight:
-                del self._flights[user_id]
-
-    def _ended(self, ids: Sequence[str], flight: _Flight, task: asyncio.Task[Found]) -> None:
-        self._landed(ids, flight)
-        self._under_way.discard(task)
-        if not task.cancelled():
-            task.exception()  # of whom everybody who waited is gone, nobody asks for it
-
-    async def _fetch(self, user_id: str, flight: _Flight, options: CallOptions) -> Found:
+    async def _fetch(self, user_id: str, options: CallOptions, flight: Flight[Found]) -> Found:
         for left in reversed(range(TRIES)):
             if not left:
                 # Of somebody who changes all the time, what is asked for now will do for those who
                 # wait by now.
-                self._landed([user_id], flight)
+                self._flights.landed([user_id], flight)
             held = self._entries.get(user_id)
             if held is not None and held.epoch != self._floors.epoch:
                 held = None  # only who has not heard of the new epoch yet would confirm it
@@ -514,9 +484,9 @@ class DocumentCache:
     async def _fetch_many(
         self,
         ids: Sequence[str],
-        flight: _Flight,
         options: CallOptions,
         turns: asyncio.Semaphore,
+        flight: Flight[Found],
     ) -> Found:
         async with turns:
             asked = self.asking()
@@ -526,15 +496,18 @@ class DocumentCache:
         if not doubtful:
             return found
         # What was found is of now: a version may be heard of before the rest has come.
-        self._landed(list(found), flight)
+        self._flights.landed(list(found), flight)
         # A batch cannot say what it must not be older than.
         again_turns = asyncio.Semaphore(DOUBTFUL_AT_ONCE)
 
         async def ask_again(user_id: str) -> Found:
             async with again_turns:
-                return await self._fetch(user_id, flight, options)
+                return await self._fetch(user_id, options, flight)
 
-        for again in await asyncio.gather(*map(ask_again, doubtful)):
+        # All are waited for, or the others would go on by themselves when one has failed.
+        for again in await asyncio.gather(*map(ask_again, doubtful), return_exceptions=True):
+            if isinstance(again, BaseException):
+                raise again
             found |= again
         return found
 
@@ -681,7 +654,7 @@ class DocumentCache:
         if self._store.remove(user_id) is not None:
             self._invalidated += 1
         self._unknown.pop(user_id, None)
-        self._flights.pop(user_id, None)
+        self._flights.part_from(user_id)
         self._generations.drop(user_id)
 
     def clear(self) -> None:
@@ -689,7 +662,7 @@ class DocumentCache:
         self._generations.drop_all()
         self._store.clear()
         self._unknown.clear()
-        self._flights.clear()
+        self._flights.part_from_all()
 
     def reset(self) -> None:
         """Something may have been missed: mark all copies to be revalidated when they are read."""
@@ -708,7 +681,7 @@ class DocumentCache:
         if self._floors.begin(epoch):
             _log.warning("the service has a new epoch: all copies are revalidated")
             self._unknown.clear()
-            self._flights.clear()
+            self._flights.part_from_all()
             self._generations.drop_all()
             self.reset()
         return True
@@ -768,13 +741,9 @@ class DocumentCache:
 
     async def aclose(self) -> None:
         """End what is under way."""
-        tasks = list(self._under_way)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._flights.aclose()
 
     def _let_go(self) -> None:
         """Forget requests of an event loop that is over."""
-        self._flights.clear()
-        self._under_way.clear()
+        self._flights.let_go()
         self._refreshes.clear()
