@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+import sys
 from datetime import timedelta
+from types import AsyncGeneratorType
 
 import pytest
-from user_service_client import Hooks, StreamEvent, StreamState, UserServiceClient
+from user_service_client import Hooks, StreamEvent, StreamState, UserServiceClient, _stream
 from user_service_schemas import Heartbeat
 
 from .network import Network, client_of
@@ -258,6 +261,31 @@ async def test_a_change_that_cannot_be_read_marks_all_copies_and_is_passed_over(
     network.fake.requests.clear()
     assert await live.users.get(user.id) == user
     assert [request.operation for request in network.fake.requests] == ["users.get"]
+
+
+async def test_what_reads_a_stream_is_closed_with_it(network: Network) -> None:
+    """Left to be collected, a connection would stay open for as long as an error is looked at."""
+    left: list[str] = []
+
+    def collected(generator: AsyncGeneratorType[object, object]) -> None:
+        code = generator.ag_code
+        if code.co_filename == _stream.__file__:  # httpx has some of its own
+            left.append(code.co_name)
+
+    hooks = sys.get_asyncgen_hooks()
+    sys.set_asyncgen_hooks(finalizer=collected)
+    try:
+        async with client_of(network, live=True):
+            (stream,) = network.fake._directory.feed._streams
+            stream.put(b"event: heartbeat\ndata: {}\n\n")
+            await network.fake.clock.advance(0)
+            assert network.fake.open_streams == 0
+            await network.fake.clock.advance(1)
+            assert network.fake.open_streams == 1
+        gc.collect()
+    finally:
+        sys.set_asyncgen_hooks(*hooks)
+    assert left == []
 
 
 async def test_reconnects_are_further_and_further_apart(
