@@ -44,19 +44,19 @@ async def test_an_address_is_what_httpx_makes_of_its_text(base_url: str, user_id
 
 
 async def test_a_body_has_its_length_and_a_read_has_none(
-    client: UserServiceClient, service: Service
+    scripted: UserServiceClient, service: Service
 ) -> None:
     service.answers({"users": [USER], "missing": []})
-    await client.users.get_many([USER_ID])
+    await scripted.users.get_many([USER_ID])
     assert service.sent.headers["Content-Length"] == str(len(service.sent.content))
     assert service.sent.content
 
     service.answers(USER)
-    await client.users.get_with_etag(USER_ID)
+    await scripted.users.get_with_etag(USER_ID)
     assert "Content-Length" not in service.sent.headers
 
 
-async def test_a_compressed_answer_is_read(client: UserServiceClient, service: Service) -> None:
+async def test_a_compressed_answer_is_read(scripted: UserServiceClient, service: Service) -> None:
     body = gzip.compress(envelope(USER))
     service.replies(200, body, {"ETag": ETAG, "Content-Encoding": "gzip"})
-    assert (await client.users.get(USER_ID)).id == USER_ID
+    assert (await scripted.users.get(USER_ID)).id == USER_ID

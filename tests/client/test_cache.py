@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from user_service_client import (
@@ -21,31 +22,7 @@ from user_service_client._cache import Use, Wish
 from user_service_client._calls import CallOptions
 from user_service_client.testing import FakeUserService
 
-from .network import Network, client_of, ids_of
-
-NOBODY = "01a205c7-a743-7a16-a135-c839ba84936e"
-
-
-@pytest.fixture
-def fake() -> FakeUserService:
-    return FakeUserService()
-
-
-@pytest.fixture
-def network(fake: FakeUserService) -> Network:
-    return Network(fake)
-
-
-@pytest.fixture
-async def client(network: Network) -> AsyncIterator[UserServiceClient]:
-    async with client_of(network) as made:
-        yield made
-
-
-@pytest.fixture
-async def live(network: Network) -> AsyncIterator[UserServiceClient]:
-    async with client_of(network, live=True) as made:
-        yield made
+from .network import NOBODY, Network, client_of, ids_of
 
 
 async def critical(client: UserServiceClient, user_id: str) -> User:
@@ -784,3 +761,25 @@ async def test_an_epoch_that_was_taken_for_past_is_believed_when_it_goes_on(
     await client.users.get(user.id)
     assert client.users.peek(user.id) is not None
     assert client._documents.epoch == network.fake._directory.feed.epoch
+
+
+async def test_what_is_remembered_of_an_unknown_id_says_that_nobody_was_asked(
+    network: Network, client: UserServiceClient
+) -> None:
+    for attempts in (1, 0, 0):
+        with pytest.raises(NotFound) as unknown:
+            await client.users.get(NOBODY)
+        assert (unknown.value.attempts, unknown.value.code) == (attempts, "user_not_found")
+    await network.fake.clock.advance(6)
+    with pytest.raises(NotFound) as unknown:
+        await client.users.get(NOBODY)
+    assert unknown.value.attempts == 1
+    assert network.requests == {"users.get": 2}
+
+
+@pytest.mark.parametrize("name", ["max_documents", "max_bytes", "fresh_for", "max_stale"])
+@pytest.mark.parametrize("number", [-1, float("nan")])
+def test_a_number_below_0_is_no_option(name: str, number: Any) -> None:
+    with pytest.raises(ValueError, match="CacheOptions"):
+        CacheOptions(**{name: number})
+    CacheOptions(**{name: 0})

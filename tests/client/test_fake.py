@@ -43,11 +43,6 @@ FCM_ERROR = "type.googleapis.com/google.firebase.fcm.v1.FcmError"
 
 
 @pytest.fixture
-def fake() -> FakeUserService:
-    return FakeUserService()
-
-
-@pytest.fixture
 async def client(fake: FakeUserService) -> AsyncIterator[UserServiceClient]:
     async with UserServiceClient("http://users.test", transport=fake) as made:
         yield made

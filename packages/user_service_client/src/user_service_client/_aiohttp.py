@@ -18,6 +18,7 @@ import re
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import cache
 from typing import NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -54,6 +55,18 @@ _FAILURES = (
     ValueError,
 )
 """All that aiohttp raises: its two trees, and what it lets through."""
+
+
+@cache
+def tls_context(*, verify: bool) -> ssl.SSLContext:
+    """Return the TLS settings of all connections of the process.
+
+    Reading the authorities takes 25 ms, too long for an event loop: it is done once, and not for
+    each loop that a transport comes to.
+    """
+    context = httpx.create_ssl_context(verify=verify)
+    context.set_alpn_protocols(["http/1.1"])
+    return context
 
 
 class AiohttpTransport(httpx.AsyncBaseTransport):
@@ -274,19 +287,15 @@ class _Pool:
         if address is None:
             context: ssl.SSLContext | bool = True
             if origin.scheme == "https":
-                context = self._context()
+                context = self._verify
+                if isinstance(context, bool):
+                    context = tls_context(verify=context)
             elif origin.scheme != "http":
                 raise httpx.UnsupportedProtocol("the URL must begin with http:// or https://")
             url = URL.build(scheme=origin.scheme, host=origin.host, port=origin.port)
             address = aiohttp.ClientRequest("GET", url, loop=self.loop, ssl=context)
             self._origins[origin] = address
         return address
-
-    def _context(self) -> ssl.SSLContext:
-        if isinstance(self._verify, bool):  # it takes 20 ms: not made before a URL needs it
-            self._verify = httpx.create_ssl_context(verify=self._verify)
-            self._verify.set_alpn_protocols(["http/1.1"])
-        return self._verify
 
     async def aclose(self) -> None:
         self._closed = True

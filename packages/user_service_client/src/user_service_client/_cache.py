@@ -22,7 +22,7 @@ from functools import partial
 from sys import intern
 from typing import NamedTuple, Protocol
 
-from user_service_schemas import ErrorCode, User
+from user_service_schemas import MAX_BATCH, ErrorCode, User
 
 from user_service_client._calls import TICK, CallOptions, batches
 from user_service_client._clock import Clock
@@ -50,7 +50,8 @@ TRIES = 3
 """How often a read is repeated whose answer was overtaken."""
 REFRESHES_AT_ONCE = 16
 REFRESHES_A_SECOND = 200
-"""How many old copies are revalidated in the background: after an outage, all are old together."""
+"""How many requests revalidate old copies in the background: after an outage, all are old together.
+What there is no room for is revalidated when it is read again."""
 BATCHES_AT_ONCE = 4
 DOUBTFUL_AT_ONCE = 16
 """How many users of a batch are asked for again at a time."""
@@ -69,12 +70,21 @@ class CacheOptions:
         fresh_for: Seconds for which a copy is used without asking, where nothing tells of changes.
         max_stale: Seconds for which a copy is used while it is revalidated in the background, or
             while the service cannot be reached.
+
+    Raises:
+        ValueError: a number is below 0, or not a number.
     """
 
     max_documents: int = 50_000
     max_bytes: int = 128 * 1024 * 1024
     fresh_for: float = 30.0
     max_stale: float = 300.0
+
+    def __post_init__(self) -> None:
+        """Refuse what would silently keep nothing, or for ever: all comparisons with NaN fail."""
+        numbers = (self.max_documents, self.max_bytes, self.fresh_for, self.max_stale)
+        if not all(number >= 0 for number in numbers):
+            raise ValueError("the numbers of CacheOptions must not be below 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,10 +322,12 @@ class DocumentCache:
             NotFound: nobody has this id.
             UserServiceError: the service cannot be asked, and no copy is new enough.
         """
+        is_remembered = wish.use is not Use.CRITICAL and self._is_unknown(user_id)
         entry = (await self.read_many([user_id], wish, one_by_one=True))[user_id]
         if entry is None:
             code = ErrorCode.USER_NOT_FOUND
-            raise NotFound(f"users.get: 404 {code}", code=code, status=404)
+            attempts = 0 if is_remembered else 1
+            raise NotFound(f"users.get: 404 {code}", code=code, status=404, attempts=attempts)
         return entry
 
     async def read_many(self, ids: Sequence[str], wish: Wish, *, one_by_one: bool = False) -> Found:
@@ -517,13 +529,9 @@ class DocumentCache:
         second = int(self._monotonic())
         if second != self._refresh_second:
             self._refresh_second, self._refreshed = second, 0
+        room = min(REFRESHES_AT_ONCE - len(self._refreshes), REFRESHES_A_SECOND - self._refreshed)
         wanted = [user_id for user_id in ids if user_id not in self._flights]
-        if (
-            not wanted
-            or len(self._refreshes) >= REFRESHES_AT_ONCE
-            or self._refreshed >= REFRESHES_A_SECOND
-        ):
-            return
+        wanted = wanted[: room if one_by_one else room * MAX_BATCH]
         deadline = self._source.deadline()
         for flight in self._depart(wanted, deadline, CallOptions(), one_by_one):
             self._refreshed += 1

@@ -222,7 +222,7 @@ class Calls:
     def deadline(self, timeout: float | None) -> float:
         """Return the deadline of a call that begins now."""
         seconds = self._timeout if timeout is None else timeout
-        left = seconds_left_in_scope()
+        left = seconds_left_in_scope(self._clock.monotonic)
         if left is not None:
             seconds = min(seconds, left)
         return self._clock.monotonic() + seconds
@@ -357,7 +357,7 @@ class Calls:
         answer = run.answer = Answer(call.operation, reply, run.request_id, run.attempts, elapsed)
         if answer.is_success or answer.status in call.accepts:
             return None
-        refused = answer.error()
+        refused = answer.error(self._clock.now())
         refused.maybe_processed = leaves_in_doubt(refused)
         return refused
 
@@ -407,7 +407,8 @@ class Calls:
         async with self._transport.stream(request, attempt) as response:
             if response.status_code != 200:
                 await response.aread()
-                raise Answer.of(call.operation, response, attempt.request_id).error()
+                answer = Answer.of(call.operation, response, attempt.request_id)
+                raise answer.error(self._clock.now())
             yield response
 
     def _headers(self, call: Call) -> MutableMapping[str, str]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from datetime import datetime
 
 LAG = 2.0
 """Seconds after a stream began from which what is read is covered by it: what a server read just
 before may be older than the first event."""
 COMPLETE_FOR = 30.0
 """Seconds that the stream's `through` may be behind."""
+DRIFT = 0.001
+"""Seconds a second by which the clocks of two machines may drift apart: twice what NTP slews."""
 
 
 class Coverage:
@@ -70,3 +73,28 @@ class Coverage:
         """Something may have been missed: nothing from before now is valid, or covered."""
         self.valid_from = self._monotonic()
         self.began()
+
+
+class Lateness:
+    """How late the heartbeats of one connection are heard, beside the promptest of them.
+
+    A heartbeat waits in the socket's buffer while the event loop stands still. The clocks of two
+    machines cannot be compared, but how far they are apart can, with how far they were before.
+    """
+
+    __slots__ = ("_ahead", "_heard")
+
+    def __init__(self) -> None:
+        self._ahead, self._heard = -math.inf, 0.0
+
+    def of(self, sent: datetime, *, heard: float) -> float:
+        """Return by how many seconds a heartbeat is late.
+
+        Args:
+            sent: When, by the clock of the service.
+            heard: When, by the clock here, which need not be of the same era.
+        """
+        ahead = sent.timestamp() - heard
+        self._ahead = max(ahead, self._ahead - DRIFT * (heard - self._heard))
+        self._heard = heard
+        return self._ahead - ahead

@@ -15,6 +15,7 @@ from user_service_client._loops import Home
 from user_service_client.errors import DecodeError, MaybeProcessed, NotSent, UserServiceError
 
 TransportFactory: TypeAlias = Callable[[], httpx.AsyncBaseTransport]
+"""A function that makes a transport; it is called for every event loop that a client comes to."""
 
 _NOT_SENT = (
     httpx.ConnectError,
@@ -113,7 +114,7 @@ class Transport:
             given = self._given = transport
             self._make: TransportFactory = lambda: given
         else:
-            self._make = transport or _default_transport()
+            self._make = transport or _default_transport(is_tls=base.scheme == "https")
         self._current: httpx.AsyncBaseTransport | None = self._given
         self._direct = _direct(self._current)
         self.closings = 0
@@ -216,10 +217,13 @@ class Transport:
         self.abandon()
 
 
-def _default_transport() -> TransportFactory:
-    # With the first client, and not with the package: importing aiohttp takes 100 ms.
-    from user_service_client._aiohttp import AiohttpTransport  # noqa: PLC0415
+def _default_transport(is_tls: bool) -> TransportFactory:
+    # With the first client, and not with the package: importing aiohttp takes 100 ms. Nor with the
+    # first call, while others wait for the event loop: the context of TLS takes 25 ms.
+    from user_service_client._aiohttp import AiohttpTransport, tls_context  # noqa: PLC0415
 
+    if is_tls:
+        tls_context(verify=True)
     return AiohttpTransport
 
 
