@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import sys
+from collections.abc import AsyncGenerator
 from datetime import timedelta
 from types import AsyncGeneratorType
 
@@ -267,7 +268,8 @@ async def test_what_reads_a_stream_is_closed_with_it(network: Network) -> None:
     """Left to be collected, a connection would stay open for as long as an error is looked at."""
     left: list[str] = []
 
-    def collected(generator: AsyncGeneratorType[object, object]) -> None:
+    def collected(generator: AsyncGenerator[object]) -> None:
+        assert isinstance(generator, AsyncGeneratorType)
         code = generator.ag_code
         if code.co_filename == _stream.__file__:  # httpx has some of its own
             left.append(code.co_name)
