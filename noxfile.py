@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import nox
+from nox.command import CommandFailed
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -112,7 +113,12 @@ def types(session: nox.Session) -> None:
 def audit(session: nox.Session) -> None:
     """Ask for known flaws of all that constraints.txt names. Needs the network: see security.md."""
     session.install("pip-audit")
-    session.run("pip-audit", "--requirement", CONSTRAINTS, "--no-deps", "--disable-pip")
+    # Strict: a package of which nothing could be learned is not one without flaws.
+    command = ("pip-audit", "--strict", "--requirement", CONSTRAINTS, "--no-deps", "--disable-pip")
+    try:
+        session.run(*command)
+    except CommandFailed:
+        session.error("flaws, or a package of which PyPI's advisories could not be had: see above")
 
 
 @nox.session
