@@ -7,7 +7,6 @@ import gzip
 import httpx
 import pytest
 from user_service_client import NotFound, UserServiceClient, UserServiceError
-from user_service_client._calls import _url_below
 
 from tests.client.conftest import ETAG, USER, USER_ID, Service, envelope
 
@@ -42,21 +41,6 @@ async def test_an_address_is_what_httpx_makes_of_its_text(base_url: str, user_id
         assert request.url.raw_path == whole.url.raw_path
         assert request.headers["Host"] == whole.headers["Host"]
     assert f"{seen[0].url}".startswith(f"{httpx.URL(base_url)}".rstrip("/") + "/api/v1/users/")
-
-
-def test_an_httpx_that_keeps_its_addresses_otherwise_is_asked_to_parse(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    class Later:
-        def __init__(self, url: object) -> None:
-            self.text = str(url)
-
-        def __str__(self) -> str:
-            return self.text
-
-    monkeypatch.setattr(httpx, "URL", Later)
-    assert str(_url_below(httpx.URL("http://h/x"), "/y", None)) == "http://h/x/y"
-    assert str(_url_below(httpx.URL("http://h"), "/y", "a=b")) == "http://h/y?a=b"
 
 
 async def test_a_body_has_its_length_and_a_read_has_none(

@@ -11,6 +11,7 @@ from user_service_client import (
     CacheOptions,
     DeadlineExceeded,
     NotFound,
+    NotSent,
     ServerError,
     User,
     UserServiceClient,
@@ -323,6 +324,42 @@ async def test_who_joins_a_batch_gets_nothing_older_than_what_was_heard_of(
     again.release()
     assert await late == changed
     await reader
+
+
+async def test_nothing_goes_on_when_one_of_a_batch_that_is_asked_for_again_fails(
+    network: Network, live: UserServiceClient
+) -> None:
+    """Nobody would wait for it, and nobody would end it."""
+    first, second = network.fake.user(), network.fake.user()
+    batch, before = network.hold("users.get_many"), asyncio.all_tasks()
+    reader = asyncio.create_task(live.users.get_many([first.id, second.id], retries=0))
+    await batch.arrived()
+    for user in (first, second):
+        network.fake.update_preferences(user.id, push=False)
+    await network.fake.clock.advance(0)
+    again = network.hold("users.get")
+    network.fake.fail(status=503, times=1, route="users.get")
+    batch.release()
+    await again.arrived()
+    assert not reader.done()
+    again.release()
+    with pytest.raises(ServerError):
+        await reader
+    assert asyncio.all_tasks() == before
+
+
+async def test_a_reader_whose_client_is_closed_before_anything_was_asked_is_told_so(
+    network: Network,
+) -> None:
+    """A task that is cancelled before its first step never comes to what it does at its end."""
+    user = network.fake.user()
+    async with client_of(network) as client:
+        reader = asyncio.create_task(client.users.get(user.id))
+        await asyncio.sleep(0)  # the request has a task, which has not begun
+        assert network.requests == {}
+    with pytest.raises(NotSent):
+        await reader
+    assert network.requests == {}
 
 
 async def test_who_comes_in_the_turn_in_which_a_flight_ends_gets_nothing_older_than_heard_of(

@@ -375,6 +375,7 @@ async def test_keys_that_differ_in_case_are_two(http: httpx.AsyncClient) -> None
 async def test_a_record_survives_a_change_of_the_secret_key(
     http: httpx.AsyncClient, database_url: str, redis_url: str
 ) -> None:
+    """In the order of security.md servers of before and after a step understand each other."""
     body, headers = person(), keyed()
     first = await http.post(USERS, json=body, headers=headers)
     new = "the second secret key of this test"
@@ -388,7 +389,13 @@ async def test_a_record_survives_a_change_of_the_secret_key(
                 yield client
 
     previous = "the first secret key of this test 1"
-    async with another(SECRET_KEY=new, SECRET_KEY_PREVIOUS=previous) as client:
+    async with (
+        another(SECRET_KEY=previous, SECRET_KEY_PREVIOUS=new) as before,
+        another(SECRET_KEY=new, SECRET_KEY_PREVIOUS=previous) as client,
+    ):
+        further, once_more = person(), keyed()
+        answer = await client.post(USERS, json=further, headers=once_more)
+        assert_replayed(answer, await before.post(USERS, json=further, headers=once_more))
         assert_replayed(first, await client.post(USERS, json=body, headers=headers))
         other = await client.post(USERS, json=person(), headers=headers)
         assert_failed(other, 422, "idempotency_key_reused")

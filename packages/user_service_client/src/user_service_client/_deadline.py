@@ -1,4 +1,4 @@
-"""Until when a call must have ended, and a deadline for all calls of a piece of work."""
+"""A deadline for all calls of a piece of work."""
 
 from __future__ import annotations
 
@@ -58,19 +58,3 @@ def seconds_left_in_scope(monotonic: Callable[[], float]) -> float | None:
     """Return what is left of the scope by a client's clock, or None outside of one."""
     scope = _scope.get()
     return None if scope is None else scope.left(monotonic)
-
-
-class Deadline:
-    """When a call must have ended, by the clock of its client.
-
-    It can be put off: a read that others join must last as long as the most patient of them.
-    """
-
-    __slots__ = ("at",)
-
-    def __init__(self, at: float) -> None:
-        self.at = at
-
-    def put_off(self, at: float) -> None:
-        """Let it be no sooner than `at`."""
-        self.at = max(self.at, at)

@@ -105,9 +105,8 @@ class UserServiceClient:
             raise ValueError("timeouts must be above 0, and retries not below")
         self._clock = clock = clock or SystemClock()
         self._home = home = Home()
-        self._transport = Transport(transport, home, is_tls=base_url.lower().startswith("https:"))
+        self._transport = Transport(base_url, transport, home)
         calls = Calls(
-            base_url,
             api_key=api_key,
             timeout=timeout,
             attempt_timeout=attempt_timeout,

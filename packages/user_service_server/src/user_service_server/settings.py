@@ -45,10 +45,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ]
     secret_key: Annotated[
         str,
-        Meta(description="keys the digests of request bodies, cursors and links", extra=_SECRET),
+        Meta(
+            description="keys the digests of the bodies that came with an Idempotency-Key",
+            extra=_SECRET,
+        ),
     ] = ""
     secret_key_previous: Annotated[
-        str, Meta(description="the SECRET_KEY before this one, for a day", extra=_SECRET)
+        str,
+        Meta(
+            description="another SECRET_KEY that is understood: the next, or for a day the last",
+            extra=_SECRET,
+        ),
     ] = ""
     auth: Annotated[
         Literal["off", "required"], Meta(description="whether callers need a service key")
