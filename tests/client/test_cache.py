@@ -803,10 +803,11 @@ async def test_an_epoch_that_was_taken_for_past_is_believed_when_it_goes_on(
 async def test_what_is_remembered_of_an_unknown_id_says_that_nobody_was_asked(
     network: Network, client: UserServiceClient
 ) -> None:
-    for attempts in (1, 0, 0):
+    for attempts in (1, 0, 0):  # the first has asked
         with pytest.raises(NotFound) as unknown:
             await client.users.get(NOBODY)
         assert (unknown.value.attempts, unknown.value.code) == (attempts, "user_not_found")
+        assert bool(unknown.value.request_id) == bool(attempts)
     await network.fake.clock.advance(6)
     with pytest.raises(NotFound) as unknown:
         await client.users.get(NOBODY)

@@ -252,8 +252,18 @@ class Source(Protocol):
         """Return when a read must have ended that begins now, and for which nobody waits."""
 
 
-Found = dict[str, CachedUser | None]
-"""Copies by id, None for ids that nobody has."""
+class Nobody(NamedTuple):
+    """That nobody has an id: as the service has just said, or as is remembered, without a call."""
+
+    request_id: str | None = None
+    attempts: int = 0
+    elapsed: float = 0.0
+
+
+NOBODY = Nobody()
+
+Found = dict[str, CachedUser | Nobody]
+"""Copies by id, or that nobody has it."""
 
 
 class DocumentCache:
@@ -322,16 +332,17 @@ class DocumentCache:
             NotFound: nobody has this id.
             UserServiceError: the service cannot be asked, and no copy is new enough.
         """
-        is_remembered = wish.use is not Use.CRITICAL and self._is_unknown(user_id)
         entry = (await self.read_many([user_id], wish, one_by_one=True))[user_id]
-        if entry is None:
+        if isinstance(entry, Nobody):
             code = ErrorCode.USER_NOT_FOUND
-            attempts = 0 if is_remembered else 1
-            raise NotFound(f"users.get: 404 {code}", code=code, status=404, attempts=attempts)
+            request = f" (request id {entry.request_id})" if entry.request_id else ""
+            raise NotFound(
+                f"users.get: 404 {code}{request}", code=code, status=404, **entry._asdict()
+            )
         return entry
 
     async def read_many(self, ids: Sequence[str], wish: Wish, *, one_by_one: bool = False) -> Found:
-        """Return copies that are new enough for their use, and None for ids that nobody has.
+        """Return copies that are new enough for their use, and of which ids nobody has any.
 
         What is lacking is asked for in one request for each 1000, or `one_by_one`, which confirms
         what is held; raises as `read`.
@@ -343,7 +354,7 @@ class DocumentCache:
             entry = self._entries.get(user_id)
             if entry is None:
                 if wish.use is not Use.CRITICAL and self._is_unknown(user_id):
-                    found[user_id] = None
+                    found[user_id] = NOBODY
                 else:
                     lacking.append(user_id)
             elif wish.use is not Use.CRITICAL and self.is_fresh(entry):
@@ -355,7 +366,7 @@ class DocumentCache:
                 old.append(user_id)
             else:
                 lacking.append(user_id)
-        unknown = sum(entry is None for entry in found.values()) if found else 0
+        unknown = sum(entry is NOBODY for entry in found.values()) if found else 0
         if unknown:
             self._unknowns += unknown
             tell(self._hook, lambda: CacheEvent(CacheResult.UNKNOWN, unknown))
@@ -478,7 +489,7 @@ class DocumentCache:
                 if self.floor(user_id) > floor:
                     continue  # it was created, or changed, while we asked
                 self._find_unknown(user_id, asked)
-                return {user_id: None}
+                return {user_id: Nobody(error.request_id, error.attempts, error.elapsed)}
             if fetched is not None:
                 entry = self._keep(fetched, asked)
             elif held is not None and self._generations.allow(user_id, asked.generation):
@@ -612,7 +623,7 @@ class DocumentCache:
                 self._overtaken += 1
             elif not self.floor(user_id):
                 self._find_unknown(user_id, asked)
-                found[user_id] = None
+                found[user_id] = NOBODY
                 continue
             doubtful.append(user_id)
         return doubtful

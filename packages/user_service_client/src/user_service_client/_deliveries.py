@@ -21,7 +21,7 @@ from user_service_schemas import (
     is_decidable,
 )
 
-from user_service_client._cache import CachedUser, DocumentCache, Use, Wish
+from user_service_client._cache import CachedUser, DocumentCache, Nobody, Use, Wish
 from user_service_client._calls import (
     Call,
     Calls,
@@ -171,11 +171,12 @@ class Deliveries:
         decisions: dict[str, Decision] = {}
         foreign: dict[str, CachedUser] = {}
         for user_id, entry in found.items():
-            # Of other rules than are known here, only the service knows what they say.
-            if entry is not None and not is_decidable(entry.user):
+            if isinstance(entry, Nobody):
+                decisions[user_id] = question.answer(None, user_id)
+            elif is_decidable(entry.user):
+                decisions[user_id] = question.answer(entry.user, user_id)
+            else:  # of other rules than are known here, only the service knows what they say
                 foreign[user_id] = entry
-            else:
-                decisions[user_id] = question.answer(None if entry is None else entry.user, user_id)
         if foreign:
             decisions |= await self._ask(foreign, question, wish)
         return [decisions[user_id] for user_id in ids]

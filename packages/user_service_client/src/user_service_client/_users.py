@@ -28,6 +28,7 @@ from user_service_client._cache import (
     CachedUser,
     DocumentCache,
     Fetched,
+    Nobody,
     Tag,
     Use,
     Wish,
@@ -193,10 +194,10 @@ class Users:
         wish = self._wish(max_stale, timeout, retries, headers)
         found = await self._cache.read_many(unique, wish)
         entries = [found[user_id] for user_id in unique]
-        users = [entry.user for entry in entries if entry is not None]
+        users = [entry.user for entry in entries if isinstance(entry, CachedUser)]
         missing: list[str] = []
         if len(users) < len(entries):
-            missing = [user_id for user_id in unique if found[user_id] is None]
+            missing = [user_id for user_id in unique if isinstance(found[user_id], Nobody)]
         return BatchOfUsers(users=tuple(users), missing=tuple(missing))
 
     def _wish(

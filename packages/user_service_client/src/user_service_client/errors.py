@@ -170,8 +170,8 @@ class Forbidden(ApiError):
 class NotFound(ApiError):
     """404: `user_not_found`, `device_not_found`, or a route that this server does not have.
 
-    What `users.get` raises has no request id: the client remembers for 5 s that nobody has an id
-    (`attempts` is 0 then), and reads of one user share a request.
+    The client remembers for 5 s that nobody has an id: then nobody was asked, `attempts` is 0, and
+    there is no request id.
     """
 
 
