@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import socket
@@ -22,6 +23,7 @@ from user_service_server.embedded import EmbeddedPostgres, EmbeddedValkey
 from user_service_server.settings import load_settings
 from user_service_server.storage.migrations import upgrade
 
+from benchmarks.peers import running as peers
 from benchmarks.timing import Spent
 
 READY_WITHIN = 60.0
@@ -98,16 +100,39 @@ class Surroundings:
     @contextmanager
     def user_service(self, *arguments: str | Path, environ: Mapping[str, str]) -> Iterator[Running]:
         """Run a command of the server until it is ready, and then end it in order."""
-        port = _free_port()
         command = [sys.executable, "-m", "user_service_server", *map(str, arguments)]
-        environ = {**os.environ, "PORT": str(port), "SHUTDOWN_GRACE": "0", **environ}
+        environ = {"SHUTDOWN_GRACE": "0", **environ}
+        with self._answering(str(arguments[0]), command, environ) as running:
+            yield running
+
+    @cached_property
+    def peer_engines(self) -> Engines:
+        """The peer's own databases on the engines of the service."""
+        database_url = asyncio.run(peers.create_database(self.engines.database_url, "peer"))
+        redis_url = self.engines.redis_url.removesuffix("db=0") + "db=1"
+        return Engines(database_url, redis_url)
+
+    @contextmanager
+    def peer(self) -> Iterator[Running]:
+        """Run the peer of the service, which has made its tables when it is ready."""
+        database_url, redis_url = self.peer_engines
+        environ = {"DATABASE_URL": database_url, "REDIS_URL": redis_url}
+        with self._answering("peer", peers.command(), environ) as running:
+            yield running
+
+    @contextmanager
+    def _answering(
+        self, name: str, command: Sequence[str], environ: Mapping[str, str]
+    ) -> Iterator[Running]:
+        port = _free_port()
         url = f"http://127.0.0.1:{port}"
         started = time.monotonic()
-        log = self.directory / f"{arguments[0]}.log"
+        log = self.directory / f"{name}.log"
+        environ = {**os.environ, "PORT": str(port), **environ}
         with self._process(command, environ, log) as process:
             while not _is_ready(url):
                 if process.poll() is not None or time.monotonic() - started > READY_WITHIN:
-                    raise RuntimeError(f"{arguments[0]} did not start: {log.read_text()[-2000:]}")
+                    raise RuntimeError(f"{name} did not start: {log.read_text()[-2000:]}")
                 time.sleep(_POLL)
             wall, cpu = time.monotonic() - started, psutil.Process(process.pid).cpu_times()
             yield Running(url, Spent(wall, cpu.user + cpu.system))
