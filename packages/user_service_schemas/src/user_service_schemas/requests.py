@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from itertools import islice
 from types import SimpleNamespace, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -105,7 +106,7 @@ def _valid(value: object, type_: Any) -> object:
     structs = [option for option in _meant(value, type_) if _is_struct(option)]
     if not structs or not isinstance(value, dict):
         return UNSET
-    hints = get_type_hints(structs[0], include_extras=True)
+    hints = _hints(structs[0])
     parts: dict[str, object] = {}
     for field in msgspec.structs.fields(structs[0]):
         if field.encode_name not in value:
@@ -124,11 +125,10 @@ def _errors(value: object, type_: Any, path: str) -> Iterator[FieldError]:
     try:
         msgspec.convert(value, type_)
     except msgspec.ValidationError as error:
-        inner = list(_inner_errors(value, type_, path))
-        if inner:
-            yield from inner
-        else:
-            yield FieldError(field=path or BODY, message=_message(type_, error))
+        # One by one: a body can have more errors than there is time to name.
+        inner = _inner_errors(value, type_, path)
+        yield next(inner, FieldError(field=path or BODY, message=_message(type_, error)))
+        yield from inner
 
 
 def _inner_errors(value: object, type_: Any, path: str) -> Iterator[FieldError]:
@@ -154,7 +154,7 @@ def _struct_errors(
     if tag_field and value.get(tag_field) != struct.__struct_config__.tag:
         yield FieldError(field=_join(path, tag_field), message="This value is not known.")
         return
-    hints = get_type_hints(struct, include_extras=True)
+    hints = _hints(struct)
     fields = {field.encode_name: field for field in msgspec.structs.fields(struct)}
     for name, field in fields.items():
         if name in value:
@@ -164,6 +164,12 @@ def _struct_errors(
     for name in value:
         if name not in fields and name != tag_field:
             yield FieldError(field=_join(path, name), message="This field is not known.")
+
+
+@cache
+def _hints(struct: type[msgspec.Struct]) -> Mapping[str, Any]:
+    """Return the types of a struct's fields. To find them takes longer than to judge a value."""
+    return get_type_hints(struct, include_extras=True)
 
 
 def _options(type_: Any) -> Iterator[Any]:
