@@ -158,6 +158,17 @@ def test_control_characters_are_refused_by_the_name_of_their_field(code: int) ->
     assert [detail.field for detail in raised.value.details] == ["name"]
 
 
+@pytest.mark.parametrize("name", ["news\n", "\x00news", "news\x85", "ne\u2028ws", "\n"])
+def test_control_characters_in_names_are_refused(name: str) -> None:
+    """Patterns do not do it: in Python `$` matches before a line break at the end."""
+    with pytest.raises(RuleViolation) as raised:
+        convert_request({"categories": {name: {"email": False}, "sport": None}}, PreferencesUpdate)
+    assert [detail.field for detail in raised.value.details] == ["categories.?"]
+    with pytest.raises(RuleViolation) as raised:
+        convert_request({name: True, "email": False}, PreferencesUpdate)
+    assert [detail.field for detail in raised.value.details] == ["?"]
+
+
 @pytest.mark.parametrize(
     ("type_", "body"),
     [

@@ -316,6 +316,7 @@ def preferences() -> Iterable[Bad]:
         ("category with a blank", {"categories": {"the news": {}}}, {"categories.?"}),
         ("category with markup", {"categories": {"<b>": {}}}, {"categories.?"}),
         ("category with NUL", {"categories": {"ne\x00ws": {}}}, {"categories.?"}),
+        ("category with a line break", {"categories": {"news\n": {}}}, {"categories.?"}),
         ("category without name", {"categories": {"": {}}}, {"categories.?"}),
         ("category with a long name", {"categories": {"x" * 65: {}}}, {"categories.?"}),
         ("category a switch", {"categories": {"news": True}}, {"categories.news"}),

@@ -78,19 +78,27 @@ def _clean(value: object, place: _Place | None, unclean: list[FieldError]) -> ob
     if isinstance(value, str):
         trimmed = value.strip()
         if _CONTROL.search(trimmed):
-            if len(unclean) < MAX_ERRORS:
-                message = "Control characters are refused."
-                unclean.append(FieldError(field=_path(place) or BODY, message=message))
+            _note_unclean(place, unclean)
             return _UNCLEAN
         return trimmed
     if isinstance(value, list):
         return [_clean(item, (place, i), unclean) for i, item in enumerate(value)]
     if isinstance(value, dict):
+        for key in value:
+            # Names are not trimmed. The types alone would not do: `$` matches before a line break.
+            if _CONTROL.search(key):
+                _note_unclean((place, key), unclean)
         return {
             key: item if key in VERBATIM else _clean(item, (place, key), unclean)
             for key, item in value.items()
         }
     return value
+
+
+def _note_unclean(place: _Place | None, unclean: list[FieldError]) -> None:
+    if len(unclean) < MAX_ERRORS:
+        message = "Control characters are refused."
+        unclean.append(FieldError(field=_path(place) or BODY, message=message))
 
 
 def _path(place: _Place | None) -> str:
