@@ -169,6 +169,16 @@ def test_control_characters_in_names_are_refused(name: str) -> None:
     assert [detail.field for detail in raised.value.details] == ["?"]
 
 
+@pytest.mark.parametrize("type_", [LookupUsers, VerifyCredentials])
+def test_what_is_a_blank_in_other_dialects_of_patterns_is_none_of_an_email(
+    type_: type[Request],
+) -> None:
+    """OpenAPI's `\\s` has U+FEFF, Python's has not: both are to say the same."""
+    with pytest.raises(RuleViolation) as raised:
+        convert_request({"email": "ja\ufeffne@example.com", "password": "x"}, type_)
+    assert "email" in {detail.field for detail in raised.value.details}
+
+
 @pytest.mark.parametrize(
     ("type_", "body"),
     [
