@@ -311,6 +311,15 @@ def preferences() -> Iterable[Bad]:
             {"muted_until"},
         ),
         ("mute after the last year", {"muted_until": "9999-12-31T23:59:59-14:00"}, {"muted_until"}),
+        (
+            "mute before the first year, and more",
+            {
+                "muted_until": "0001-01-01T00:00:00Z",
+                "timezone": "Mars/Olympus_Mons",
+                "quiet_hours_end": "07:00",
+            },
+            {"muted_until", "timezone", "quiet_hours_start"},
+        ),
         ("categories a list", {"categories": ["news"]}, {"categories"}),
         ("category in capitals", {"categories": {"News": {}}}, {"categories.News"}),
         ("category with a blank", {"categories": {"the news": {}}}, {"categories.?"}),
