@@ -204,6 +204,33 @@ def test_to_name_errors_takes_no_longer_than_to_read_the_body(
     assert min(took) < 0.04
 
 
+@pytest.mark.parametrize("many", ["[],", "{},", "1,", '"",', "[" * 500 + "]" * 500 + ","])
+def test_more_values_than_anybody_sends_are_not_read(many: str) -> None:
+    """Feedback may have 8 MiB: to read them as empty lists took the event loop 1.8 s."""
+    body = f'{{"items":[{many * (8_000_000 // len(many))}1]}}'.encode()
+    took = []
+    for _ in range(5):
+        began = time.thread_time()
+        with pytest.raises(MalformedJSON):
+            decode_request(body, ReportFeedback)
+        took.append(time.thread_time() - began)
+    assert min(took) < 0.1
+
+
+def test_as_many_reports_as_may_be_sent_at_once_are_read() -> None:
+    """The largest that gateways know: subscriptions of browsers, with all that is in them."""
+    keys = {"p256dh": "B" * 87, "auth": "a" * 22}
+    told = {"endpoint": "https://push.example/" + "x" * 3800, "expirationTime": None, "keys": keys}
+    report = {
+        "channel": "push",
+        "token": json.dumps(told),
+        "reason": "expired",
+        "at": "2026-01-02T03:04:05Z",
+    }
+    body = json.dumps({"items": [report] * 1000}).encode()
+    assert len(decode_request(body, ReportFeedback).items) == 1000
+
+
 @pytest.mark.parametrize("type_", TYPES)
 @pytest.mark.parametrize("depth", [10, 100, 500, 900, 950, 1000, 1100, 2000, 10_000, 100_000])
 @pytest.mark.parametrize("shape", [("[", "]"), ('{"name":', "}"), ('{"ids":[', "]}")], ids="lou")
