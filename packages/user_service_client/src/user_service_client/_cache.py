@@ -369,13 +369,13 @@ class DocumentCache:
         unknown = sum(entry is NOBODY for entry in found.values()) if found else 0
         if unknown:
             self._unknowns += unknown
-            tell(self._hook, lambda: CacheEvent(CacheResult.UNKNOWN, unknown))
+            self._tell(CacheResult.UNKNOWN, unknown)
         if old:
             self._refresh(old, one_by_one)
             self._count_stale(len(old))
         if lacking:
             self._misses += len(lacking)
-            tell(self._hook, lambda: CacheEvent(CacheResult.MISS, len(lacking)))
+            self._tell(CacheResult.MISS, len(lacking))
             found |= await self._ask(lacking, wish, one_by_one)
         return found
 
@@ -454,7 +454,10 @@ class DocumentCache:
 
     def _count_stale(self, documents: int) -> None:
         self._stale += documents
-        tell(self._hook, lambda: CacheEvent(CacheResult.STALE, documents))
+        self._tell(CacheResult.STALE, documents)
+
+    def _tell(self, result: CacheResult, documents: int) -> None:
+        tell(self._hook, lambda: CacheEvent(result, documents))
 
     # Asking the service
 

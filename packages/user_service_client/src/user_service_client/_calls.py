@@ -309,22 +309,28 @@ class Calls:
                 failed = None  # the caller's time was up: that says nothing of the service
         finally:
             self.breaker.ended(admission, failed)
-            tell(
-                self._hooks.attempt,
-                lambda: AttemptEvent(
-                    operation=run.call.operation,
-                    attempt=run.attempts,
-                    status=status,
-                    error=type(error).__name__ if error and not status else None,
-                    elapsed=self._clock.monotonic() - started,
-                    request_id=run.request_id,
-                ),
-            )
+            self._tell(run, status, error, started)
         if error is None:
             self._budget.succeeded(run.paid)
         elif error.maybe_processed:
             run.maybe_processed = True
         return error
+
+    def _tell(
+        self, run: _Run, status: int | None, error: UserServiceError | None, started: float
+    ) -> None:
+        # Apart: what a lambda refers to is an object of its own, for as long as an attempt waits.
+        tell(
+            self._hooks.attempt,
+            lambda: AttemptEvent(
+                operation=run.call.operation,
+                attempt=run.attempts,
+                status=status,
+                error=type(error).__name__ if error and not status else None,
+                elapsed=self._clock.monotonic() - started,
+                request_id=run.request_id,
+            ),
+        )
 
     async def _exchange(self, run: _Run, attempt: Attempt, limit: float) -> UserServiceError | None:
         call = run.call
