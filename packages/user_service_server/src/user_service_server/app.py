@@ -28,6 +28,7 @@ from .feedback.service import Feedback
 from .health.routes import health_router, metrics_router
 from .http.bodies import MAX_BODY, StrictBody
 from .http.callers import make_guard, routes_without_scope
+from .http.cors import CrossOrigin
 from .http.docs import get_docs_file, get_openapi, show_docs
 from .http.failures import answer_failure
 from .http.idempotency import Idempotency
@@ -102,7 +103,8 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
     @asynccontextmanager
     async def lifespan(_app: Litestar) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            stack.callback(passwords.close)
+            passwords.start()
+            stack.push_async_callback(passwords.close)
             stack.push_async_callback(link.close)
             stack.push_async_callback(database.close)
             stack.push_async_callback(state.close)
@@ -160,6 +162,8 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
     if forgotten := list(routes_without_scope(app)):
         raise RuntimeError(f"nobody has said who may call {', '.join(forgotten)}")
     # Around the router, so that what no route was found for is observed, too.
+    if settings.cors_origins:
+        app.asgi_handler = CrossOrigin(app.asgi_handler, settings.cors_origins)
     app.asgi_handler = Observation(app.asgi_handler, metrics, settings.body_timeout)
     return app
 

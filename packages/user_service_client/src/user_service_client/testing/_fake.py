@@ -29,6 +29,7 @@ from user_service_schemas import (
     RegisterDevice,
     ReportFeedback,
     RuleViolation,
+    Scope,
     User,
     UserUpdate,
     convert_request,
@@ -117,10 +118,9 @@ class FakeUserService(httpx.AsyncBaseTransport):
     change stream: `await fake.clock.advance(0)` lets them read it. A fake serves any number of
     clients, also one after the other, of one event loop.
 
-    It differs from the service where a test hardly looks: any service key may do everything and
-    nobody is limited, nor how much of their feedback takes effect; a telephone number, a language
-    tag and an address are judged by their form; a handful of passwords are too common; and
-    `/health` says what `lose` has it say.
+    It differs from the service where a test hardly looks: nobody is limited, nor how much of their
+    feedback takes effect; a telephone number, a language tag and an address are judged by their
+    form; a handful of passwords are too common; and `/health` says what `lose` has it say.
 
     Args:
         clock: The time of the fake, which only moves when it is told to; None: a new one.
@@ -128,6 +128,8 @@ class FakeUserService(httpx.AsyncBaseTransport):
         password_required: Whether `users.create` needs a password, as the service's setting.
         categories: The catalogue of categories, as the service's setting, such as
             `{"security": {"email": "required", "push": "on"}}`; None: names are free.
+        api_keys: The service keys that it knows, each with its scopes, such as
+            `{"sender's key": [Scope.USERS_READ]}`; None: whoever calls may do everything.
 
     Attributes:
         clock: The time of the fake; a client that is given it waits for nothing real.
@@ -143,6 +145,7 @@ class FakeUserService(httpx.AsyncBaseTransport):
         default_timezone: str = "UTC",
         password_required: bool = True,
         categories: Categories | None = None,
+        api_keys: Mapping[str, Iterable[Scope]] | None = None,
     ) -> None:
         self.clock = clock or VirtualClock()
         self.requests: list[AskedRequest] = []
@@ -152,7 +155,8 @@ class FakeUserService(httpx.AsyncBaseTransport):
             password_required=password_required,
             catalogue=_catalogue(categories),
         )
-        self._routes = Routes(self._directory, self.clock)
+        keys = None if api_keys is None else {key: frozenset(of) for key, of in api_keys.items()}
+        self._routes = Routes(self._directory, self.clock, keys)
         self.feedback: list[FeedbackItem] = self._routes.feedback
         self._faults: Script[_Failure | _Drop] = Script()
         self._delays: Script[float] = Script()
