@@ -183,8 +183,11 @@ def position_of(cursor: str | None) -> int:
 
 
 async def test_a_stream_begins_now_and_tells_each_change(socket: httpx.AsyncClient) -> None:
+    before = await end(socket)
     user = (await register(socket))["id"]
-    start = await end(socket)
+    # Registered is not yet told: the change waits for its position.
+    (registered,) = await behind(socket, before, 1)
+    start = registered["position"]
     async with aclosing(follow(socket)) as events:
         ready = await following(events, "ready")
         # A process may read a moment later what Postgres has.

@@ -44,6 +44,7 @@ from .storage.database import Database
 from .storage.document import DocumentShape
 from .storage.documents import Documents
 from .storage.link import RedisLink
+from .storage.replica import Replica
 from .storage.state import StateWatcher
 from .upkeep import Upkeep
 from .users.routes import users_router
@@ -72,7 +73,8 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
     cache = DocumentCache(
         link, state, document_format=shape.format, ttl=settings.cache_ttl, metrics=metrics
     )
-    documents = Documents(database, state, cache, shape)
+    replica = Replica(settings, state, shape, metrics)
+    documents = Documents(database, state, cache, shape, replica)
     passwords = Passwords(settings)
     idempotency = Idempotency(settings, database, metrics)
     users = Users(settings, documents, passwords)
@@ -85,7 +87,7 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
     feedback = Feedback(settings, documents, metrics)
     sweeps = Sweeps(settings, database, documents)
 
-    feed = ChangeFeed(settings, database, state, metrics)
+    feed = ChangeFeed(settings, database, state, replica, metrics)
     jobs = {
         "changes": feed.prune,
         "recorded_answers": idempotency.prune,
@@ -98,6 +100,7 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
 
     metrics.redis_reachable.set_function(lambda: link.reachable)
     metrics.postgres_reachable.set_function(lambda: database.reachable)
+    metrics.replica_usable.set_function(lambda: replica.is_well)
     metrics.passwords_waiting.set_function(lambda: passwords.waiting)
 
     @asynccontextmanager
@@ -109,6 +112,7 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
             stack.push_async_callback(database.close)
             stack.push_async_callback(state.close)
             stack.push_async_callback(documents.close)
+            stack.push_async_callback(replica.close)
             stack.push_async_callback(feed.close)
             stack.push_async_callback(upkeep.close)
             stack.push_async_callback(ring.close)
@@ -121,6 +125,7 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
             await state.start(settings.startup_timeout)
             await link.start(REDIS_PATIENCE)
             await feed.start()
+            replica.start()
             upkeep.start()
             ring.start()
             ending = asyncio.create_task(_end_streams(feed, draining))
@@ -142,7 +147,9 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
         ],
         guards=[make_guard(settings, ring, limits)],
     )
-    health = health_router(release, database=database, state=state, link=link, draining=draining)
+    health = health_router(
+        release, database=database, state=state, replica=replica, link=link, draining=draining
+    )
     app = Litestar(
         [
             api,
@@ -183,9 +190,11 @@ async def opened_sweeps(settings: Settings) -> AsyncIterator[Sweeps]:
     cache = DocumentCache(
         link, state, document_format=shape.format, ttl=settings.cache_ttl, metrics=metrics
     )
-    documents = Documents(database, state, cache, shape)
+    replica = Replica(settings, state, shape, metrics)
+    documents = Documents(database, state, cache, shape, replica)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(link.close)
+        stack.push_async_callback(replica.close)
         stack.push_async_callback(database.close)
         stack.push_async_callback(state.close)
         stack.push_async_callback(documents.close)
