@@ -34,6 +34,7 @@ from .http.idempotency import Idempotency
 from .http.limits import RateLimits
 from .http.observation import Observation
 from .keys.ring import KeyRing
+from .logs import RequestLog
 from .metrics import Metrics
 from .preferences.routes import preferences_router
 from .preferences.service import PreferenceCenter
@@ -160,7 +161,8 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
     if forgotten := list(routes_without_scope(app)):
         raise RuntimeError(f"nobody has said who may call {', '.join(forgotten)}")
     # Around the router, so that what no route was found for is observed, too.
-    app.asgi_handler = Observation(app.asgi_handler, metrics, settings.body_timeout)
+    log = RequestLog(settings.log_level, settings.log_format)
+    app.asgi_handler = Observation(app.asgi_handler, metrics, log, settings.body_timeout)
     return app
 
 
