@@ -28,10 +28,10 @@ from uuid_utils import uuid7
 from .. import logs
 from ..logs import RequestLog
 from ..metrics import Metrics
-from .answers import error_answer
-from .failures import BodyTooSlow, meaning
+from .failures import BodyTooSlow, answer_failure
+from .requests import header
 
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 # A caller can make up others without end, and each would be a series of its own.
 _METHODS = frozenset(HttpMethod)
@@ -59,8 +59,10 @@ class Observation:
             raise NotImplementedError  # serving.py accepts HTTP only
         began = time.perf_counter()
         method = scope["method"]
-        request_id = _request_id(scope)
-        scope["state"]["request_id"] = request_id
+        state = scope["state"]
+        # Of a header that is there more than once the first counts.
+        state["headers"] = dict(reversed(list(scope["headers"])))
+        request_id = state["request_id"] = _request_id(scope)
         id_header = (b"x-request-id", request_id.encode())
         status = 0
 
@@ -68,7 +70,7 @@ class Observation:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                quota = scope["state"].get("ratelimit")
+                quota = state.get("ratelimit")
                 counted = quota.headers() if quota is not None else ()
                 message["headers"] = [*message["headers"], id_header, _NO_SNIFFING, *counted]
             await send(message)
@@ -79,9 +81,8 @@ class Observation:
                 receive = _in_time(receive, self._body_timeout)
             await self._app(*_as_get(scope, receive, send_with_id))
         except Exception as error:  # noqa: BLE001 - the last net, below it is only the socket
-            failure = meaning(error)
+            response = answer_failure(Request(scope), error)
             if not status:
-                response = error_answer(failure, request_id=request_id)
                 render = response.to_asgi_response(app=None, request=Request(scope))
                 await render(scope, receive, send_with_id)
         finally:
@@ -113,10 +114,8 @@ class Observation:
 
 def _request_id(scope: HTTPScope) -> str:
     """Return the caller's `X-Request-ID` if it is fit for a log, else a new one."""
-    for name, value in scope["headers"]:
-        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
-            return value.decode()
-    return str(uuid7())
+    given = header(scope, b"x-request-id")
+    return given if given is not None and _REQUEST_ID.fullmatch(given) else str(uuid7())
 
 
 def _in_time(receive: Receive, seconds: float) -> Receive:
