@@ -5,7 +5,7 @@ from __future__ import annotations
 from litestar import Router, get, route
 from litestar.params import FromPath, FromQuery, JSONBody
 from litestar.response.base import ASGIResponse
-from litestar.types import ASGIApp, HTTPScope
+from litestar.types import ASGIApp
 from user_service_schemas import (
     ErrorCode,
     Page,
@@ -54,10 +54,10 @@ def preferences_router(
             scope=Scope.USERS_READ,
         ),
     )
-    async def get_preferences(scope: HTTPScope, user_id: FromPath[str]) -> ASGIApp:
-        user = await documents.get_user(user_id_of(user_id), min_version(scope))
+    async def get_preferences(request: HTTPRequest, user_id: FromPath[str]) -> ASGIApp:
+        user = await documents.get_user(user_id_of(user_id), min_version(request.scope))
         etag = documents.etag(user.version)
-        if is_held(header(scope, b"if-none-match"), etag):
+        if is_held(header(request.scope, b"if-none-match"), etag):
             return not_modified(etag)
         return answer(
             user.preferences, "Preferences retrieved", headers=[("ETag", etag)], cache=PRIVATE

@@ -133,8 +133,8 @@ def users_router(users: Users, documents: Documents, idempotency: Idempotency) -
         )
 
     @get("/{user_id:str}", **GET_USER)
-    async def get_user(scope: HTTPScope, user_id: FromPath[str]) -> ReadyAnswer:
-        return await answer_user(documents, scope, user_id_of(user_id))
+    async def get_user(request: HTTPRequest, user_id: FromPath[str]) -> ReadyAnswer:
+        return await answer_user(documents, request.scope, user_id_of(user_id))
 
     @get(
         "/",
