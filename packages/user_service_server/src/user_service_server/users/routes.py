@@ -129,7 +129,7 @@ def users_router(users: Users, documents: Documents, idempotency: Idempotency) -
             return answer(user, "User registered", status=201, headers=headers)
 
         return await idempotency.run(
-            request, render, lambda recorder: users.register(data, recorder)
+            request, render, lambda recorder: users.register(data, recorder), is_costly=True
         )
 
     @get("/{user_id:str}", **GET_USER)
