@@ -22,6 +22,7 @@ from user_service_server.embedded import EmbeddedPostgres
 from user_service_server.http.idempotency import Idempotency
 from user_service_server.metrics import Metrics
 from user_service_server.settings import Settings
+from user_service_server.storage import recorded_answers
 from user_service_server.storage.database import Database
 
 from ..engines import open_dir, settings_for
@@ -312,6 +313,25 @@ async def test_a_repeat_of_what_is_under_way_is_told_so_at_once(
         assert_failed(answer, 409, "idempotency_in_progress")
         assert int(answer.headers["Retry-After"]) >= 1
     assert_replayed(await first, await http.patch(path, json={"name": "Other"}, headers=headers))
+
+
+async def test_a_repeat_that_looked_before_the_first_had_committed_happens_once(
+    http: httpx.AsyncClient, sql: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The statement that gets the lock sees what was there before: the record looks again."""
+
+    async def look_too_early(*_: object) -> tuple[bool, None]:
+        return True, None
+
+    user = await register(http)
+    path, headers = f"{USERS}{user['id']}", keyed()
+    first = await http.patch(path, json={"name": "Once"}, headers=headers)
+    await http.patch(path, json={"name": "Meanwhile"})
+    changes = await sql.fetchval("SELECT count(*) FROM changes")
+    monkeypatch.setattr(recorded_answers, "lock_and_find", look_too_early)
+    assert_replayed(first, await http.patch(path, json={"name": "Once"}, headers=headers))
+    assert await sql.fetchval("SELECT count(*) FROM changes") == changes
+    assert (await http.get(path)).json()["data"]["name"] == "Meanwhile"
 
 
 async def test_erasing_a_user_erases_the_records(
