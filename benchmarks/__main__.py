@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeAlias
 
-from benchmarks import client_cached, client_many, client_uncached, start
+from benchmarks import client_cached, client_many, client_uncached, server_cached, start
 from benchmarks.budgets import Budget
 from benchmarks.report import as_json, as_table, machine
 from benchmarks.surroundings import Surroundings
@@ -21,8 +21,9 @@ RESULTS = Path(__file__).with_name("results") / "latest.json"
 Benchmark: TypeAlias = Callable[[Surroundings], list[Budget]]
 
 # A benchmark is a function that is given what it may start or use, and returns the budgets that it
-# has measured. Those of the server (budgets 1 to 8, and 12) are to be put in here.
+# has measured.
 BENCHMARKS: dict[str, Benchmark] = {
+    "server-cached": server_cached.measure,
     "client-cached": client_cached.measure,
     "client-uncached": client_uncached.measure,
     "client-many": client_many.measure,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import re
+import secrets
 import shutil
 import socket
 import subprocess
@@ -14,39 +17,63 @@ from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import httpx
 import psutil
+from user_service_schemas import Scope
 from user_service_server.embedded import EmbeddedPostgres, EmbeddedValkey
+from user_service_server.keys.repository import create_key
 from user_service_server.settings import load_settings
+from user_service_server.storage.database import connected
 from user_service_server.storage.migrations import upgrade
 
+from benchmarks import cores, population
+from benchmarks.load import Running
 from benchmarks.timing import Spent
 
 READY_WITHIN = 60.0
 """Seconds until a process must answer."""
 _POLL = 0.005
+USERS = 25_000
+"""More than a server reads from PostgreSQL in one round."""
+CEILINGS = 2
+"""Valkey's database of the ceilings."""
 
 
-class Running(NamedTuple):
+RAISED = {"RATE_LIMIT_READ": "1000000000"}
+"""What is not as it is shipped. One caller makes all the load, and more than the 10,000 reads a
+second that it may by default; requests are counted all the same, in the same steps."""
+
+
+class Started(NamedTuple):
     """A process that takes requests, and what it took until it did."""
 
-    url: str
+    running: Running
     start: Spent
 
 
 class Engines(NamedTuple):
-    """The addresses of a migrated PostgreSQL and a Valkey."""
+    """A migrated PostgreSQL and a Valkey, by their addresses; Valkey's without a database."""
 
+    postgres: EmbeddedPostgres
     database_url: str
-    redis_url: str
+    valkey_url: str
+    secret_key: str
+
+    def redis_url(self, database: int) -> str:
+        """Return the address of one of Valkey's databases: the service's is 0."""
+        return f"{self.valkey_url}?db={database}"
 
     @property
     def environ(self) -> dict[str, str]:
         """The settings of a server on them, which otherwise runs as it is shipped."""
-        # AUTH=required needs keys, which this release does not have.
-        return {"AUTH": "off", "DATABASE_URL": self.database_url, "REDIS_URL": self.redis_url}
+        return {
+            "DATABASE_URL": self.database_url,
+            "REDIS_URL": self.redis_url(0),
+            "SECRET_KEY": self.secret_key,
+            **RAISED,
+        }
 
 
 class Surroundings:
@@ -54,6 +81,7 @@ class Surroundings:
 
     def __enter__(self) -> Self:
         self._stack = ExitStack()
+        self._ceilings: dict[str, Running] = {}
         return self
 
     def __exit__(
@@ -78,46 +106,89 @@ class Surroundings:
         """PostgreSQL as it is shipped, with fsync on, and Valkey."""
         postgres = EmbeddedPostgres(self.directory / "postgres")
         valkey = EmbeddedValkey(self.directory / "valkey")
-        self._stack.enter_context(postgres)
-        self._stack.enter_context(valkey)
-        engines = Engines(postgres.create_database("bench"), valkey.url)
+        with cores.confined(cores.of_all_else()):
+            self._stack.enter_context(postgres)
+            self._stack.enter_context(valkey)
+        engines = Engines(
+            postgres,
+            postgres.create_database("bench"),
+            valkey.url.partition("?")[0],
+            secrets.token_hex(32),
+        )
         upgrade(load_settings(engines.environ, None))
         return engines
 
     @cached_property
-    def server(self) -> str:
-        """The URL of the server, in a process of its own."""
-        return self._stack.enter_context(self.serve()).url
+    def headers(self) -> dict[str, str]:
+        """What a caller sends that may do everything."""
+
+        async def make_key() -> str:
+            async with connected(load_settings(self.engines.environ, None)) as connection:
+                key = await create_key(connection, "bench", list(Scope), None)
+                await connection.commit()
+            return key
+
+        return {"Authorization": f"Bearer {asyncio.run(make_key())}"}
+
+    @cached_property
+    def server(self) -> Running:
+        """The server on a core of its own, with the users of `documents` below `USERS`."""
+        asyncio.run(population.load(self.engines.database_url, range(USERS)))
+        started = self.serve(confined_to=cores.of_the_server())
+        return self._stack.enter_context(started).running
+
+    def ceiling(self, name: Literal["C0", "C1"]) -> Running:
+        """Return a ceiling (see `ceilings`), on the server's core."""
+        if name not in self._ceilings:
+            command = [sys.executable, "-m", "benchmarks.ceilings", name]
+            environ = self.engines.environ | {"REDIS_URL": self.engines.redis_url(CEILINGS)}
+            started = self._started(command, environ, cores.of_the_server())
+            self._ceilings[name] = self._stack.enter_context(started).running
+        return self._ceilings[name]
 
     @contextmanager
-    def serve(self) -> Iterator[Running]:
+    def serve(self, *, confined_to: list[int] | None = None) -> Iterator[Started]:
         """Run another server on the same engines."""
-        with self.user_service("serve", environ=self.engines.environ) as running:
-            yield running
+        with self.user_service(
+            "serve", environ=self.engines.environ, confined_to=confined_to
+        ) as started:
+            yield started
 
     @contextmanager
-    def user_service(self, *arguments: str | Path, environ: Mapping[str, str]) -> Iterator[Running]:
+    def user_service(
+        self,
+        *arguments: str | Path,
+        environ: Mapping[str, str],
+        confined_to: list[int] | None = None,
+    ) -> Iterator[Started]:
         """Run a command of the server until it is ready, and then end it in order."""
-        port = _free_port()
         command = [sys.executable, "-m", "user_service_server", *map(str, arguments)]
+        with self._started(command, environ, confined_to or cores.usable()) as started:
+            yield started
+
+    @contextmanager
+    def _started(
+        self, command: Sequence[str], environ: Mapping[str, str], confined_to: list[int]
+    ) -> Iterator[Started]:
+        port = _free_port()
         environ = {**os.environ, "PORT": str(port), "SHUTDOWN_GRACE": "0", **environ}
         url = f"http://127.0.0.1:{port}"
-        started = time.monotonic()
-        log = self.directory / f"{arguments[0]}.log"
-        with self._process(command, environ, log) as process:
+        begun = time.monotonic()
+        log = self.directory / f"{port}.log"
+        with self._process(command, environ, log, confined_to) as process:
             while not _is_ready(url):
-                if process.poll() is not None or time.monotonic() - started > READY_WITHIN:
-                    raise RuntimeError(f"{arguments[0]} did not start: {log.read_text()[-2000:]}")
+                if process.poll() is not None or time.monotonic() - begun > READY_WITHIN:
+                    raise RuntimeError(f"{command} did not start: {log.read_text()[-2000:]}")
                 time.sleep(_POLL)
-            wall, cpu = time.monotonic() - started, psutil.Process(process.pid).cpu_times()
-            yield Running(url, Spent(wall, cpu.user + cpu.system))
+            wall, cpu = time.monotonic() - begun, psutil.Process(process.pid).cpu_times()
+            yield Started(Running(url, process.pid), Spent(wall, cpu.user + cpu.system))
 
     @cached_property
     def ready(self) -> str:
         """The URL of the server of ready bytes."""
         command = [sys.executable, "-m", "benchmarks.ready"]
         said = self.directory / "ready"
-        process = self._process(command, os.environ, said)
+        process = self._process(command, os.environ, said, cores.usable())
         self._stack.enter_context(process)
         deadline = time.monotonic() + READY_WITHIN
         while not said.read_text().endswith("\n"):
@@ -128,9 +199,13 @@ class Surroundings:
 
     @contextmanager
     def _process(
-        self, command: Sequence[str], environ: Mapping[str, str], output: Path
+        self,
+        command: Sequence[str],
+        environ: Mapping[str, str],
+        output: Path,
+        confined_to: list[int],
     ) -> Iterator[subprocess.Popen[bytes]]:
-        with output.open("wb") as file:
+        with output.open("wb") as file, cores.confined(confined_to):
             process = subprocess.Popen(
                 command, env=environ, stdin=subprocess.DEVNULL, stdout=file, stderr=file
             )
@@ -156,3 +231,10 @@ def _is_ready(url: str) -> bool:
         return httpx.get(f"{url}/health/ready", timeout=1).status_code == 200
     except httpx.TransportError:
         return False
+
+
+def cache_reads(server: Running) -> dict[str, float]:
+    """Return how many documents the server asked its cache for, by what came of it."""
+    text = httpx.get(f"{server.url}/metrics").text
+    found = re.findall(r'user_service_cache_reads_total\{result="(\w+)"\} (\S+)', text)
+    return {result: float(count) for result, count in found}

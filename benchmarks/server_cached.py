@@ -1,0 +1,161 @@
+"""Budgets 1 and 3: a user that is cached, and one that the caller has already.
+
+The service runs as it is shipped, with keys, limits, metrics and logs; the caller reads users at
+random out of a warm set, not one hot key.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import httpx
+
+from benchmarks import documents, load
+from benchmarks.budgets import Budget, Goal
+from benchmarks.load import Load, Requests
+from benchmarks.surroundings import Surroundings, cache_reads
+
+ROUNDS = 5
+SECONDS = 2
+FEW, MANY = 16, 64
+"""Connections."""
+
+
+def measure(surroundings: Surroundings) -> list[Budget]:
+    """Measure both in turn with the ceilings and the peer."""
+    server = surroundings.server
+    c0, c1 = surroundings.ceiling("C0"), surroundings.ceiling("C1")
+    plain = _requests(surroundings, {})
+    etag = _etag(server.url, surroundings.headers)
+    conditional = _requests(surroundings, {"If-None-Match": etag})
+
+    put = partial(load.put_on, seconds=SECONDS)
+    before = cache_reads(server)
+    loads = load.medians(
+        ROUNDS,
+        c0_16=partial(put, c0, plain, connections=FEW),
+        c1_16=partial(put, c1, plain, connections=FEW),
+        get_16=partial(put, server, plain, connections=FEW),
+        known_16=partial(put, server, conditional, connections=FEW),
+        c1_64=partial(put, c1, plain, connections=MANY),
+        get_64=partial(put, server, plain, connections=MANY),
+    )
+    after = cache_reads(server)
+    read = {result: after[result] - before.get(result, 0) for result in after}
+    # On a machine that others use, Redis may be late, and PostgreSQL is read instead.
+    hits = Goal(
+        name="out of the cache",
+        figure=read["hit"],
+        unit="documents",
+        bound="≥",
+        limit=0.99,
+        ceiling=sum(read.values()),
+        beside="documents read",
+    )
+
+    return [
+        Budget(
+            1,
+            "GET, cached",
+            (
+                *_goals(loads, FEW),
+                *_goals(loads, MANY),
+                answered(loads["get_16"], loads["get_64"]),
+                hits,
+            ),
+        ),
+        Budget(
+            3,
+            "GET with If-None-Match",
+            (
+                Goal(
+                    name=f"{FEW} connections",
+                    figure=loads["known_16"].rate,
+                    unit="requests/s",
+                    bound="≥",
+                    limit=1,
+                    ceiling=loads["get_16"].rate,
+                    beside="budget 1",
+                    cpu_ratio=loads["get_16"].cpu / loads["known_16"].cpu,
+                    peers={"CPU µs": loads["known_16"].cpu * 1e6},
+                ),
+                answered(loads["known_16"]),
+            ),
+        ),
+    ]
+
+
+def _goals(loads: dict[str, Load], connections: int) -> list[Goal]:
+    ours, c1 = loads[f"get_{connections}"], loads[f"c1_{connections}"]
+    c0 = loads["c0_16"]
+    return [
+        Goal(
+            name=f"{connections} connections",
+            figure=ours.rate,
+            unit="requests/s",
+            bound="≥",
+            limit=1.3,
+            ceiling=c1.rate,
+            beside="C1",
+            cpu_ratio=c1.cpu / ours.cpu,
+            peers={
+                "C0": c0.rate,
+                "CPU µs": ours.cpu * 1e6,
+                "C1 CPU µs": c1.cpu * 1e6,
+                "C0 CPU µs": c0.cpu * 1e6,
+                "busy": ours.busy,
+                "C1 busy": c1.busy,
+            },
+        ),
+        Goal(
+            name=f"{connections} connections, p99",
+            figure=ours.p99 * 1e3,
+            unit="ms",
+            bound="≤",
+            limit=3,
+            ceiling=ours.p50 * 1e3,
+            beside="its p50",
+            peers={"C1 p99": c1.p99 * 1e3},
+        ),
+    ]
+
+
+def answered(*loads: Load) -> Goal:
+    """Return the goal that no request failed."""
+    requests = sum(load.requests for load in loads)
+    return Goal(
+        name="answered without error",
+        figure=requests - sum(load.errors for load in loads),
+        unit="requests",
+        bound="≥",
+        limit=1,
+        ceiling=requests,
+        beside="requests",
+    )
+
+
+def _requests(surroundings: Surroundings, headers: dict[str, str]) -> Requests:
+    return load.write(
+        surroundings.directory / f"warm-{len(headers)}",
+        (
+            load.request("GET", _path(number), surroundings.headers | headers)
+            for number in range(documents.WARM)
+        ),
+    )
+
+
+def _path(number: int) -> str:
+    return f"/api/v1/users/{documents.user_id(number)}"
+
+
+def _etag(url: str, headers: dict[str, str]) -> str:
+    """Read all users, so that they are cached, and return the ETag that they have in common."""
+    with httpx.Client(base_url=url, headers=headers) as http:
+        etags = set()
+        for number in range(documents.WARM):
+            answer = http.get(_path(number)).raise_for_status()
+            etags.add(answer.headers["ETag"])
+            assert answer.json()["data"]["email"] == documents.user(number).email
+        (etag,) = etags
+        assert http.get(_path(0), headers={"If-None-Match": etag}).status_code == 304
+    return str(etag)
