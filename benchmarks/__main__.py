@@ -11,10 +11,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeAlias
 
-from benchmarks import client_cached, client_many, client_uncached, server_cached, start
+from benchmarks import (
+    client_cached,
+    client_many,
+    client_uncached,
+    decisions,
+    server_batches,
+    server_cached,
+    start,
+)
 from benchmarks.budgets import Budget
+from benchmarks.load import generator_used
 from benchmarks.report import as_json, as_table, machine
-from benchmarks.surroundings import Surroundings
+from benchmarks.surroundings import RAISED, Surroundings
 
 RESULTS = Path(__file__).with_name("results") / "latest.json"
 
@@ -24,6 +33,8 @@ Benchmark: TypeAlias = Callable[[Surroundings], list[Budget]]
 # has measured.
 BENCHMARKS: dict[str, Benchmark] = {
     "server-cached": server_cached.measure,
+    "server-batches": server_batches.measure,
+    "decisions": decisions.measure,
     "client-cached": client_cached.measure,
     "client-uncached": client_uncached.measure,
     "client-many": client_many.measure,
@@ -49,7 +60,9 @@ def main() -> int:
             budgets += BENCHMARKS[name](surroundings)
             print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     budgets.sort(key=lambda budget: budget.number)
-    print(f"{machine()}, load before {load[0]:.1f} and after {os.getloadavg()[0]:.1f}\n")
+    print(f"{machine()}, load before {load[0]:.1f} and after {os.getloadavg()[0]:.1f}")
+    raised = ", ".join(f"{name}={value}" for name, value in RAISED.items())
+    print(f"load: {generator_used()}; the service as it is shipped, but for {raised}\n")
     print(as_table(budgets))
     arguments.json.parent.mkdir(exist_ok=True)
     arguments.json.write_text(as_json(budgets, began, (load[0], os.getloadavg()[0])))

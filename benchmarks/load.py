@@ -1,6 +1,6 @@
 """Owns how load is put on a server: many connections, each with one request at a time.
 
-`wrk` makes it, whose own work is a few µs a request.
+`wrk` makes it, whose own work is a few µs a request, or `generator` where that is not there.
 """
 
 from __future__ import annotations
@@ -8,19 +8,24 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Literal, NamedTuple, TypeAlias
 
+import msgspec
 import psutil
 
 from benchmarks import cores
+from benchmarks.budgets import Goal
+from benchmarks.generator import Request, Window
 
 _SCRIPT = Path(__file__).with_name("wrk.lua")
 
-Order: TypeAlias = Literal["random", "in turn"]
+Order: TypeAlias = Literal["random", "in turn", "once"]
+"""In turn, they begin anew after the last; those that are sent once must last."""
 
 
 class Running(NamedTuple):
@@ -66,45 +71,61 @@ class Load:
 Round: TypeAlias = Callable[[], Load]
 
 
-def request(method: str, path: str, headers: Mapping[str, str], body: bytes = b"") -> bytes:
-    """Return the bytes of a request."""
+def request(
+    method: str, path: str, headers: Mapping[str, str], body: bytes = b"", *, kind: str = ""
+) -> Request:
+    """Return a request as it goes over the wire."""
     lines = [f"{method} {path} HTTP/1.1", "Host: bench"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
     if body:
         lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
-    return "\r\n".join([*lines, "", ""]).encode() + body
+    return Request(kind or method, "\r\n".join([*lines, "", ""]).encode() + body)
 
 
-def write(path: Path, requests: Iterable[bytes], order: Order = "random") -> Requests:
+def write(path: Path, requests: Iterable[Request], order: Order = "random") -> Requests:
     """Write requests into a file."""
     number = 0
     with path.open("wb") as file:
         for one in requests:
-            file.write(b"%d\n%b" % (len(one), one))
+            file.write(b"%d %b\n%b" % (len(one.text), one.kind.encode(), one.text))
             number += 1
     return Requests(path, number, order)
+
+
+def generator_used() -> str:
+    """Return what makes the load, for whoever reads the figures."""
+    wrk = shutil.which("wrk")
+    if wrk is None:
+        return (
+            "wrk is not there (Debian and Homebrew have it), so benchmarks/generator.py makes the"
+            " load: it takes about as long for a request as the bare ceiling C0, whose rate is"
+            " therefore too low here; the CPU times of the servers are as good"
+        )
+    return subprocess.run([wrk, "-v"], check=False, capture_output=True, text=True).stdout.split(
+        " Copyright"
+    )[0]
 
 
 def put_on(server: Running, requests: Requests, *, connections: int, seconds: int) -> Load:
     """Put load on a server for some (whole) seconds.
 
     Raises:
-        RuntimeError: requests that are taken in turn did not last.
+        RuntimeError: requests that are to be sent once did not last.
     """
     cpu = server.cpu()
-    told = _wrk(server.url, requests, connections, seconds)
+    make = _by_wrk if shutil.which("wrk") else _by_replacement
+    made = make(server.url, requests, connections, seconds)
     cpu = server.cpu() - cpu
-    answered, elapsed = told["requests"], told["microseconds"] / 1e6
-    if requests.order == "in turn" and answered >= requests.number:
+    if requests.order == "once" and made.requests >= requests.number:
         raise RuntimeError(f"{requests.path.name}: {requests.number} requests are too few")
     return Load(
-        requests=answered,
-        errors=told["errors"],
-        rate=answered / elapsed,
-        p50=told["p50"] / 1e6,
-        p99=told["p99"] / 1e6,
-        cpu=cpu / max(1, answered),
-        busy=cpu / elapsed,
+        requests=made.requests,
+        errors=made.errors,
+        rate=made.requests / made.seconds,
+        p50=made.p50,
+        p99=made.p99,
+        cpu=cpu / max(1, made.requests),
+        busy=cpu / made.seconds,
     )
 
 
@@ -122,6 +143,20 @@ def medians(rounds: int, **cases: Round) -> dict[str, Load]:
     return {name: _median(some) for name, some in loads.items()}
 
 
+def answered(*loads: Load) -> Goal:
+    """Return the goal that no request failed."""
+    requests = sum(load.requests for load in loads)
+    return Goal(
+        name="answered without error",
+        figure=requests - sum(load.errors for load in loads),
+        unit="requests",
+        bound="≥",
+        limit=1,
+        ceiling=requests,
+        beside="requests",
+    )
+
+
 def _median(loads: list[Load]) -> Load:
     return Load(
         requests=sum(load.requests for load in loads),
@@ -134,13 +169,46 @@ def _median(loads: list[Load]) -> Load:
     )
 
 
-def _wrk(url: str, requests: Requests, connections: int, seconds: int) -> dict[str, int]:
-    wrk = shutil.which("wrk")
-    if wrk is None:
-        raise RuntimeError("wrk is not there: apt-get install wrk")
+class _Made(NamedTuple):
+    """What the generator says."""
+
+    requests: int
+    errors: int
+    seconds: float
+    p50: float
+    p99: float
+
+
+def _by_wrk(url: str, requests: Requests, connections: int, seconds: int) -> _Made:
     options = ["--threads", "1", "--connections", str(connections), "--duration", f"{seconds}s"]
-    command = [wrk, *options, "--script", str(_SCRIPT), url, str(requests.path), requests.order]
+    command = ["wrk", *options, "--script", str(_SCRIPT), url, str(requests.path), requests.order]
     with cores.confined(cores.of_all_else()):
         said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     told: dict[str, int] = json.loads(said.splitlines()[-1])
-    return told
+    p50, p99 = told["p50"] / 1e6, told["p99"] / 1e6
+    return _Made(told["requests"], told["errors"], told["microseconds"] / 1e6, p50, p99)
+
+
+def _by_replacement(url: str, requests: Requests, connections: int, seconds: int) -> _Made:
+    command = generator_command(url, requests, connections=connections, seconds=seconds)
+    with cores.confined(cores.of_all_else()):
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    told = msgspec.json.decode(said, type=Window)
+    return _Made(told.answered, told.errors, told.seconds, told.quantile(0.5), told.quantile(0.99))
+
+
+def generator_command(
+    url: str,
+    requests: Requests,
+    *,
+    connections: int,
+    seconds: float,
+    window: float | None = None,
+    rate: float | None = None,
+) -> list[str]:
+    """Return the command of `generator`."""
+    command = [sys.executable, "-m", "benchmarks.generator", url, str(requests.path)]
+    options = {"order": requests.order, "connections": connections, "seconds": seconds}
+    options |= {} if window is None else {"window": window}
+    options |= {} if rate is None else {"rate": rate}
+    return command + [f"--{name}={value}" for name, value in options.items()]

@@ -1,5 +1,6 @@
 -- What wrk sends: requests that lie ready in a file, at random or each in turn.
--- The file has, for each, its length in decimal on a line of its own, and then its bytes.
+-- The file has for each a line, with its length in decimal, a space and what kind it is (which is
+-- not for wrk), and then its bytes.
 
 local requests, last, in_turn = {}, 0, false
 
@@ -8,11 +9,11 @@ function init(arguments)
   while true do
     local length = file:read("*number")
     if not length then break end
-    file:read(1)
+    file:read("*line")
     requests[#requests + 1] = file:read(length)
   end
   file:close()
-  in_turn = arguments[2] == "in turn"
+  in_turn = arguments[2] ~= "random"
 end
 
 function request()
