@@ -18,6 +18,9 @@ from benchmarks import (
     decisions,
     server_batches,
     server_cached,
+    server_registrations,
+    server_uncached,
+    server_writes,
     start,
 )
 from benchmarks.budgets import Budget
@@ -33,6 +36,9 @@ Benchmark: TypeAlias = Callable[[Surroundings], list[Budget]]
 # has measured.
 BENCHMARKS: dict[str, Benchmark] = {
     "server-cached": server_cached.measure,
+    "server-uncached": server_uncached.measure,
+    "server-writes": server_writes.measure,
+    "server-registrations": server_registrations.measure,
     "server-batches": server_batches.measure,
     "decisions": decisions.measure,
     "client-cached": client_cached.measure,

@@ -24,6 +24,9 @@ from benchmarks.generator import Request, Window
 
 _SCRIPT = Path(__file__).with_name("wrk.lua")
 
+PATIENCE = 10
+"""Seconds after which who waits for an answer gives it up, as an error."""
+
 Order: TypeAlias = Literal["random", "in turn", "once"]
 """In turn, they begin anew after the last; those that are sent once must last."""
 
@@ -181,6 +184,7 @@ class _Made(NamedTuple):
 
 def _by_wrk(url: str, requests: Requests, connections: int, seconds: int) -> _Made:
     options = ["--threads", "1", "--connections", str(connections), "--duration", f"{seconds}s"]
+    options += ["--timeout", f"{PATIENCE}s"]
     command = ["wrk", *options, "--script", str(_SCRIPT), url, str(requests.path), requests.order]
     with cores.confined(cores.of_all_else()):
         said = subprocess.run(command, check=True, capture_output=True, text=True).stdout

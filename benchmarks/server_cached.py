@@ -24,7 +24,7 @@ FEW, MANY = 16, 64
 def measure(surroundings: Surroundings) -> list[Budget]:
     """Measure both in turn with the ceilings and the peer."""
     server = surroundings.server
-    c0, c1 = surroundings.ceiling("C0"), surroundings.ceiling("C1")
+    c0, c1, peer = surroundings.ceiling("C0"), surroundings.ceiling("C1"), surroundings.peer
     plain = _requests(surroundings, {})
     etag = _etag(server.url, surroundings.headers)
     conditional = _requests(surroundings, {"If-None-Match": etag})
@@ -37,8 +37,10 @@ def measure(surroundings: Surroundings) -> list[Budget]:
         c1_16=partial(put, c1, plain, connections=FEW),
         get_16=partial(put, server, plain, connections=FEW),
         known_16=partial(put, server, conditional, connections=FEW),
+        peer_16=partial(put, peer, plain, connections=FEW),
         c1_64=partial(put, c1, plain, connections=MANY),
         get_64=partial(put, server, plain, connections=MANY),
+        peer_64=partial(put, peer, plain, connections=MANY),
     )
     return [
         Budget(
@@ -73,8 +75,8 @@ def measure(surroundings: Surroundings) -> list[Budget]:
 
 
 def _goals(loads: dict[str, Load], connections: int) -> list[Goal]:
-    ours, c1 = loads[f"get_{connections}"], loads[f"c1_{connections}"]
-    c0 = loads["c0_16"]
+    ours, c0 = loads[f"get_{connections}"], loads[f"c0_{FEW}"]
+    c1, peer = loads[f"c1_{connections}"], loads[f"peer_{connections}"]
     return [
         Goal(
             name=f"{connections} connections",
@@ -95,6 +97,17 @@ def _goals(loads: dict[str, Load], connections: int) -> list[Goal]:
             },
         ),
         Goal(
+            name=f"{connections} connections, beside the peer",
+            figure=ours.rate,
+            unit="requests/s",
+            bound="≥",
+            limit=6,
+            ceiling=peer.rate,
+            beside="P",
+            cpu_ratio=peer.cpu / ours.cpu,
+            peers={"P CPU µs": peer.cpu * 1e6, "P busy": peer.busy},
+        ),
+        Goal(
             name=f"{connections} connections, p99",
             figure=ours.p99 * 1e3,
             unit="ms",
@@ -102,7 +115,7 @@ def _goals(loads: dict[str, Load], connections: int) -> list[Goal]:
             limit=3,
             ceiling=ours.p50 * 1e3,
             beside="its p50",
-            peers={"C1 p99": c1.p99 * 1e3},
+            peers={"C1 p99": c1.p99 * 1e3, "P p99": peer.p99 * 1e3},
         ),
     ]
 

@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple, Self
 
 import httpx
 import psutil
+from redis import Redis
 from user_service_schemas import Scope
 from user_service_server.embedded import EmbeddedPostgres, EmbeddedValkey
 from user_service_server.keys.repository import create_key
@@ -31,6 +32,7 @@ from user_service_server.storage.migrations import upgrade
 from benchmarks import cores, population
 from benchmarks.budgets import Goal
 from benchmarks.load import Running
+from benchmarks.peers import running as peer
 from benchmarks.timing import Spent
 
 READY_WITHIN = 60.0
@@ -38,8 +40,8 @@ READY_WITHIN = 60.0
 _POLL = 0.005
 USERS = 25_000
 """More than a server reads from PostgreSQL in one round."""
-CEILINGS = 2
-"""Valkey's database of the ceilings."""
+SERVICE, PEER, CEILINGS = 0, 1, 2
+"""Their databases in Valkey."""
 
 
 RAISED = {"RATE_LIMIT_READ": "1000000000"}
@@ -63,7 +65,7 @@ class Engines(NamedTuple):
     secret_key: str
 
     def redis_url(self, database: int) -> str:
-        """Return the address of one of Valkey's databases: the service's is 0."""
+        """Return the address of one of Valkey's databases."""
         return f"{self.valkey_url}?db={database}"
 
     @property
@@ -71,7 +73,7 @@ class Engines(NamedTuple):
         """The settings of a server on them, which otherwise runs as it is shipped."""
         return {
             "DATABASE_URL": self.database_url,
-            "REDIS_URL": self.redis_url(0),
+            "REDIS_URL": self.redis_url(SERVICE),
             "SECRET_KEY": self.secret_key,
             **RAISED,
         }
@@ -147,13 +149,31 @@ class Surroundings:
             self._ceilings[name] = self._stack.enter_context(started).running
         return self._ceilings[name]
 
+    @cached_property
+    def peer(self) -> Running:
+        """The peer on the server's core, on the same engines and with the same users."""
+        database_url = asyncio.run(peer.create_database(self.engines.database_url, "peer"))
+        environ = {"DATABASE_URL": database_url, "REDIS_URL": self.engines.redis_url(PEER)}
+        started = self._started(peer.command(), environ, cores.of_the_server())
+        running = self._stack.enter_context(started).running
+        asyncio.run(peer.load_users(database_url, range(USERS)))
+        return running
+
     @contextmanager
-    def serve(self, *, confined_to: list[int] | None = None) -> Iterator[Started]:
-        """Run another server on the same engines."""
-        with self.user_service(
-            "serve", environ=self.engines.environ, confined_to=confined_to
-        ) as started:
+    def serve(
+        self, *, confined_to: list[int] | None = None, database_url: str | None = None
+    ) -> Iterator[Started]:
+        """Run another server on the same engines; `database_url` is another way to the database."""
+        environ = self.engines.environ
+        if database_url is not None:
+            environ["DATABASE_URL"] = database_url
+        with self.user_service("serve", environ=environ, confined_to=confined_to) as started:
             yield started
+
+    def forget(self, database: int) -> None:
+        """Empty one of Valkey's databases."""
+        with Redis.from_url(self.engines.redis_url(database)) as redis:
+            redis.flushdb()
 
     @contextmanager
     def user_service(
