@@ -18,7 +18,9 @@ from benchmarks import (
     decisions,
     server_batches,
     server_cached,
+    server_growth,
     server_registrations,
+    server_stream,
     server_uncached,
     server_writes,
     start,
@@ -39,12 +41,14 @@ BENCHMARKS: dict[str, Benchmark] = {
     "server-uncached": server_uncached.measure,
     "server-writes": server_writes.measure,
     "server-registrations": server_registrations.measure,
+    "server-stream": server_stream.measure,
     "server-batches": server_batches.measure,
     "decisions": decisions.measure,
     "client-cached": client_cached.measure,
     "client-uncached": client_uncached.measure,
     "client-many": client_many.measure,
     "start": start.measure,
+    "server-growth": server_growth.measure,
 }
 
 

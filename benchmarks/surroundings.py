@@ -57,23 +57,18 @@ class Started(NamedTuple):
 
 
 class Engines(NamedTuple):
-    """A migrated PostgreSQL and a Valkey, by their addresses; Valkey's without a database."""
+    """The addresses of a migrated database and of the service's Valkey."""
 
-    postgres: EmbeddedPostgres
     database_url: str
-    valkey_url: str
+    redis_url: str
     secret_key: str
-
-    def redis_url(self, database: int) -> str:
-        """Return the address of one of Valkey's databases."""
-        return f"{self.valkey_url}?db={database}"
 
     @property
     def environ(self) -> dict[str, str]:
         """The settings of a server on them, which otherwise runs as it is shipped."""
         return {
             "DATABASE_URL": self.database_url,
-            "REDIS_URL": self.redis_url(SERVICE),
+            "REDIS_URL": self.redis_url,
             "SECRET_KEY": self.secret_key,
             **RAISED,
         }
@@ -84,6 +79,7 @@ class Surroundings:
 
     def __enter__(self) -> Self:
         self._stack = ExitStack()
+        self._secret_key = secrets.token_hex(32)
         self._ceilings: dict[str, Running] = {}
         return self
 
@@ -112,21 +108,33 @@ class Surroundings:
         with cores.confined(cores.of_all_else()):
             self._stack.enter_context(postgres)
             self._stack.enter_context(valkey)
+        self._postgres = postgres
+        self._valkey_url = valkey.url.partition("?")[0]
+        return self.new_database("bench")
+
+    def new_database(self, name: str) -> Engines:
+        """Return a migrated database that is empty, with Valkey's of the service."""
         engines = Engines(
-            postgres,
-            postgres.create_database("bench"),
-            valkey.url.partition("?")[0],
-            secrets.token_hex(32),
+            self._postgres.create_database(name), self.redis_url(SERVICE), self._secret_key
         )
         upgrade(load_settings(engines.environ, None))
         return engines
 
+    def redis_url(self, database: int) -> str:
+        """Return the address of one of Valkey's databases."""
+        return f"{self._valkey_url}?db={database}"
+
     @cached_property
     def headers(self) -> dict[str, str]:
-        """What a caller sends that may do everything."""
+        """What a caller of the service sends that may do everything."""
+        return self.headers_for(self.engines)
+
+    @staticmethod
+    def headers_for(engines: Engines) -> dict[str, str]:
+        """Make a service key in a database, and return what its caller sends."""
 
         async def make_key() -> str:
-            async with connected(load_settings(self.engines.environ, None)) as connection:
+            async with connected(load_settings(engines.environ, None)) as connection:
                 key = await create_key(connection, "bench", list(Scope), None)
                 await connection.commit()
             return key
@@ -144,7 +152,7 @@ class Surroundings:
         """Return a ceiling (see `ceilings`), on the server's core."""
         if name not in self._ceilings:
             command = [sys.executable, "-m", "benchmarks.ceilings", name]
-            environ = self.engines.environ | {"REDIS_URL": self.engines.redis_url(CEILINGS)}
+            environ = self.engines.environ | {"REDIS_URL": self.redis_url(CEILINGS)}
             started = self._started(command, environ, cores.of_the_server())
             self._ceilings[name] = self._stack.enter_context(started).running
         return self._ceilings[name]
@@ -153,7 +161,7 @@ class Surroundings:
     def peer(self) -> Running:
         """The peer on the server's core, on the same engines and with the same users."""
         database_url = asyncio.run(peer.create_database(self.engines.database_url, "peer"))
-        environ = {"DATABASE_URL": database_url, "REDIS_URL": self.engines.redis_url(PEER)}
+        environ = {"DATABASE_URL": database_url, "REDIS_URL": self.redis_url(PEER)}
         started = self._started(peer.command(), environ, cores.of_the_server())
         running = self._stack.enter_context(started).running
         asyncio.run(peer.load_users(database_url, range(USERS)))
@@ -172,7 +180,7 @@ class Surroundings:
 
     def forget(self, database: int) -> None:
         """Empty one of Valkey's databases."""
-        with Redis.from_url(self.engines.redis_url(database)) as redis:
+        with Redis.from_url(self.redis_url(database)) as redis:
             redis.flushdb()
 
     @contextmanager

@@ -6,7 +6,7 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,13 +130,17 @@ class Crowd:
 
 @asynccontextmanager
 async def gathered(
-    server: Server, database_url: str, count: int, slow: int
+    server: Server, database_url: str, count: int, slow: int, headers: Mapping[str, str] = {}
 ) -> AsyncIterator[tuple[Crowd, list[str]]]:
-    """Let `count` follow a server, of whom the last `slow` stop reading when told to."""
+    """Let `count` follow a server, of whom the last `slow` stop reading when told to.
+
+    They send `headers`, where a server asks for a key.
+    """
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         str(_PROGRAM),
         *(str(number) for number in (server.port, count, slow)),
+        *(f"{name}: {value}" for name, value in headers.items()),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )
