@@ -1,6 +1,6 @@
 """Owns the peer: the same recipient directory on FastAPI, Pydantic, SQLAlchemy's ORM and Redis.
 
-    DATABASE_URL=postgresql+asyncpg://… REDIS_URL=… PORT=… python benchmarks/peers/fastapi_service.py
+    DATABASE_URL=postgresql+asyncpg://… REDIS_URL=… PORT=… python fastapi_service.py
 
 It is written as a competent engineer would who wants it fast, and knows these libraries well; the
 README beside it says what was done for that, and what each of it gave. It imports nothing of ours
@@ -52,7 +52,12 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import (
+    AsyncEngine,
+    AsyncSession,
+    async_sessionmaker,
+    create_async_engine,
+)
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
@@ -155,12 +160,14 @@ class Device(Base):
     last_seen_at: Mapped[datetime]
 
 
-# Statements are made once: making one takes as long as PostgreSQL does for it. One row holds a
-# user and the preferences; a second statement brings the devices, which may be many.
-_WHOLE = (joinedload(User.preferences), selectinload(User.devices))
+# Statements are made once, so that SQLAlchemy need not look at their parts again. A user has few
+# devices: that the rows of a join repeat the user costs less than a second statement does.
+_WHOLE = (joinedload(User.preferences, innerjoin=True), joinedload(User.devices))
 _BY_ID = select(User).where(User.id == bindparam("user_id")).options(*_WHOLE)
 _BY_EMAIL = select(User).where(User.email_key == bindparam("email_key")).options(*_WHOLE)
-_PAGE = select(User).order_by(User.id).limit(bindparam("count")).options(*_WHOLE)
+# A page's devices come at once in a second statement, since LIMIT counts the rows of a join.
+_PARTS = (joinedload(User.preferences, innerjoin=True), selectinload(User.devices))
+_PAGE = select(User).order_by(User.id).limit(bindparam("count")).options(*_PARTS)
 _PAGE_AFTER = _PAGE.where(User.id > bindparam("after"))
 _LOCKED_WITH_PREFERENCES = (
     select(User)
@@ -355,7 +362,7 @@ class Cached:
 
     async def get(self, user_id: UUID) -> tuple[str, bytes] | None:
         try:
-            kept = await self._redis.get(f"user:{user_id}")
+            kept: bytes | None = await self._redis.get(f"user:{user_id}")  # type: ignore[assignment]  # not decoded
         except RedisError as error:
             _log.warning("not read from Redis: %s", error)
             return None
@@ -395,7 +402,8 @@ class Directory:
         if (kept := await self._cached.get(user_id)) is not None:
             return kept
         async with self._reading() as session:
-            user = await session.scalar(_BY_ID, {"user_id": user_id})
+            found = await session.scalars(_BY_ID, {"user_id": user_id})
+            user = found.unique().one_or_none()
         if user is None:
             raise UserNotFound
         etag, body = etag_of(user), render(ShownUser.model_validate(user), "User retrieved")
@@ -404,7 +412,7 @@ class Directory:
 
     async def find(self, email: str) -> Sequence[User]:
         async with self._reading() as session:
-            return (await session.scalars(_BY_EMAIL, {"email_key": key_of(email)})).all()
+            return (await session.scalars(_BY_EMAIL, {"email_key": key_of(email)})).unique().all()
 
     async def list_after(self, after: UUID | None, count: int) -> Sequence[User]:
         async with self._reading() as session:
@@ -415,9 +423,7 @@ class Directory:
     async def register(self, asked: CreateUser) -> ShownUser:
         loop = asyncio.get_running_loop()
         # Hashed before a connection is taken, which would be held for 18 ms.
-        password_hash = await loop.run_in_executor(
-            self._hashing, self._hasher.hash, asked.password
-        )
+        password_hash = await loop.run_in_executor(self._hashing, self._hasher.hash, asked.password)
         now, user_id = datetime.now(UTC), uuid7()
         preferences = Preferences(
             user_id=user_id,
@@ -491,16 +497,14 @@ class Directory:
                     await self._take_away(session, device)
                     changed.add(device.user_id)
                 now = datetime.now(UTC)
+                joins = asked.active and (is_new or not device.active)
+                if joins and active >= MAX_ACTIVE_DEVICES:
+                    await self._evict(session, user_id)
                 if is_new:
-                    device = Device(
-                        id=uuid7(), user_id=user_id, token_digest=digest, registered_at=now
-                    )
+                    device = Device(id=uuid7(), user_id=user_id, token_digest=digest)
                     session.add(device)
-                elif asked.active and not device.active:
+                if is_new or joins:
                     device.registered_at = now
-                if asked.active and (is_new or not device.active):
-                    if active >= MAX_ACTIVE_DEVICES:
-                        await self._evict(session, user_id)
                 device.token, device.platform = asked.token, asked.platform
                 device.app, device.active = asked.app, asked.active
                 device.inactive_reason = None if asked.active else "deactivated"
@@ -582,7 +586,7 @@ def etag_of(user: User | ShownUser) -> str:
 
 def render(data: Answer, message: str) -> bytes:
     """Return the body of an answer: Pydantic's Rust writes it, and FastAPI is not asked to."""
-    envelope = Envelope(success=True, data=data, message=message, error=None)
+    envelope: Envelope[Any] = Envelope(success=True, data=data, message=message, error=None)
     return envelope.model_dump_json().encode()
 
 
@@ -608,7 +612,9 @@ async def refuse(_request: Request, refused: Exception) -> Response:
         code = {404: "route_not_found", 405: "method_not_allowed"}.get(refused.status_code, "error")
         refused = Refused(refused.status_code, code, refused.detail)
     error = Error(code=refused.code, details=list(refused.details))
-    envelope = Envelope(success=False, data=None, message=refused.detail, error=error)
+    envelope: Envelope[Any] = Envelope(
+        success=False, data=None, message=refused.detail, error=error
+    )
     return Response(envelope.model_dump_json(), refused.status_code, media_type=JSON)
 
 
@@ -632,7 +638,8 @@ async def refuse_invalid(request: Request, error: Exception) -> Response:
 def create_app(database_url: str, redis_url: str) -> FastAPI:
     """Return the application; its lifespan makes the tables that are not there."""
     engine = create_async_engine(database_url, pool_size=POOL_SIZE, max_overflow=0)
-    redis = Redis.from_url(redis_url)
+    # A time limit costs redis-py a `wait_for` of each call, twice.
+    redis = Redis.from_url(redis_url, socket_timeout=None, socket_connect_timeout=None)
     directory = Directory(engine, Cached(redis))
 
     @asynccontextmanager
@@ -645,10 +652,11 @@ def create_app(database_url: str, redis_url: str) -> FastAPI:
         await redis.aclose()
         await engine.dispose()
 
-    # Without its documentation, whose routes would be tried before ours.
+    # Without its documentation, whose routes would be tried before ours, and its telemetry.
     app = FastAPI(
         lifespan=lifespan,
         openapi_url=None,
+        telemetry={"tracing": False, "metrics": False, "logs": False},
         exception_handlers={HTTPException: refuse, RequestValidationError: refuse_invalid},
     )
 
