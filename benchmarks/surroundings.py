@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, NamedTuple, Self
 
+import asyncpg
 import httpx
 import psutil
 from redis import Redis
@@ -44,6 +45,10 @@ SERVICE, PEER, CEILINGS = 0, 1, 2
 """Their databases in Valkey."""
 
 
+_CONNECTIONS = """
+    SELECT count(*) FROM pg_stat_activity
+    WHERE datname = current_database() AND pid <> pg_backend_pid()
+"""
 RAISED = {"RATE_LIMIT_READ": "1000000000"}
 """What is not as it is shipped. One caller makes all the load, and more than the 10,000 reads a
 second that it may by default; requests are counted all the same, in the same steps."""
@@ -177,6 +182,20 @@ class Surroundings:
             environ["DATABASE_URL"] = database_url
         with self.user_service("serve", environ=environ, confined_to=confined_to) as started:
             yield started
+
+    def connections(self) -> tuple[int, int]:
+        """Return how many connections PostgreSQL and Valkey have, without the one that asks."""
+
+        async def of_postgres() -> int:
+            address = self.engines.database_url.replace("+asyncpg", "")
+            connection = await asyncpg.connect(address)
+            try:
+                return int(await connection.fetchval(_CONNECTIONS))
+            finally:
+                await connection.close()
+
+        with Redis.from_url(self.redis_url(SERVICE)) as redis:
+            return asyncio.run(of_postgres()), len(redis.client_list()) - 1
 
     def forget(self, database: int) -> None:
         """Empty one of Valkey's databases."""
