@@ -62,7 +62,7 @@ def main() -> int:
     if unknown := set(names) - set(BENCHMARKS):
         parser.error(f"no such benchmark: {', '.join(sorted(unknown))}")
 
-    began, load = datetime.now(UTC), os.getloadavg()
+    began, load, begun = datetime.now(UTC), os.getloadavg(), time.monotonic()
     budgets: list[Budget] = []
     with Surroundings() as surroundings:
         for name in names:
@@ -70,7 +70,8 @@ def main() -> int:
             budgets += BENCHMARKS[name](surroundings)
             print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     budgets.sort(key=lambda budget: budget.number)
-    print(f"{machine()}, load before {load[0]:.1f} and after {os.getloadavg()[0]:.1f}")
+    took = f"{time.monotonic() - begun:.0f} s"
+    print(f"{machine()}, load before {load[0]:.1f} and after {os.getloadavg()[0]:.1f}, took {took}")
     raised = ", ".join(f"{name}={value}" for name, value in RAISED.items())
     print(f"load: {generator_used()}; the service as it is shipped, but for {raised}\n")
     print(as_table(budgets))

@@ -14,7 +14,7 @@ from benchmarks.load import Load, Requests, answered
 from benchmarks.surroundings import Surroundings, cache_reads, out_of_the_cache
 
 ROUNDS = 5
-SECONDS = 2
+SECONDS = 1
 CONNECTIONS = 2
 _BATCH = "/api/v1/users/batch"
 _RESOLVE = "/api/v1/deliveries/resolve"

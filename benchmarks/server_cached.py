@@ -15,8 +15,8 @@ from benchmarks.budgets import Budget, Goal
 from benchmarks.load import Load, Requests, answered
 from benchmarks.surroundings import Surroundings, cache_reads, out_of_the_cache
 
-ROUNDS = 5
-SECONDS = 2
+ROUNDS = 6
+SECONDS = 1
 FEW, MANY = 16, 64
 """Connections."""
 

@@ -25,12 +25,12 @@ from benchmarks.load import Load, Order, Requests, Running, answered
 from benchmarks.surroundings import SERVICE, Surroundings
 
 FEW, MANY = 10_000, 1_000_000
-ROUNDS = 5
-SECONDS = 2
+ROUNDS = 4
+SECONDS = 1
 LIMIT = 1.25
 PAGE = 50
 PAGES = 40
-_MOST = 9_000
+_MOST = 5_000
 """More than one caller reads from PostgreSQL in a round."""
 
 

@@ -23,7 +23,7 @@ from benchmarks.load import Load, Requests, Running, answered
 from benchmarks.surroundings import Surroundings
 
 ROUNDS = 3
-SECONDS = 4
+SECONDS = 3
 CONNECTIONS = 32
 READS = 200.0
 """A second."""

@@ -10,30 +10,22 @@ from collections.abc import Mapping
 
 from benchmarks import cores
 from benchmarks.budgets import Budget, Goal
+from benchmarks.load import Running
 from benchmarks.surroundings import Surroundings
-from tests.servers import Server
 from tests.system.crowd import Phase, gathered
 
 READERS = 1000
 RATE = 200.0
 """Changes a second, each in a transaction of its own."""
-SECONDS = 10.0
+SECONDS = 8.0
 
 
 def measure(surroundings: Surroundings) -> list[Budget]:
     """Measure it on a server of its own, whose memory is that of nothing else."""
-    environ = surroundings.engines.environ | {"AUTH": "required"}
-    server = Server(environ)
-    with cores.confined(cores.of_the_server()):
-        server.start()
-    try:
+    with surroundings.serve(confined_to=cores.of_the_server()) as started:
+        url, headers = surroundings.engines.database_url, surroundings.headers
         with cores.confined(cores.of_all_else()):
-            phase = asyncio.run(
-                _follow(server, surroundings.engines.database_url, surroundings.headers)
-            )
-    finally:
-        server.stop()
-        server.log.unlink()
+            phase = asyncio.run(_follow(started.running, url, headers))
     return [
         Budget(
             8,
@@ -75,6 +67,6 @@ def measure(surroundings: Surroundings) -> list[Budget]:
     ]
 
 
-async def _follow(server: Server, database_url: str, headers: Mapping[str, str]) -> Phase:
+async def _follow(server: Running, database_url: str, headers: Mapping[str, str]) -> Phase:
     async with gathered(server, database_url, READERS, 0, headers) as (crowd, users):
         return await crowd.phase(users, SECONDS, RATE)

@@ -12,8 +12,8 @@ from benchmarks.load import Load, Requests, Running, answered
 from benchmarks.surroundings import PEER, SERVICE, USERS, Surroundings, cache_reads
 from benchmarks.wire import taken_by
 
-ROUNDS = 5
-SECONDS = 2
+ROUNDS = 6
+SECONDS = 1
 CONNECTIONS = 16
 COUNTED = 60
 """Reads whose statements are counted."""

@@ -14,13 +14,13 @@ from benchmarks.generator import Request
 from benchmarks.load import Load, Round, Running, answered
 from benchmarks.surroundings import USERS, Surroundings
 
-ROUNDS = 4
-SECONDS = 2
+ROUNDS = 5
+SECONDS = 1
 CONNECTIONS = 16
 ROUND_TRIPS = 5
 COUNTED = 40
 """Writes whose round trips are counted."""
-_MOST = 8000
+_MOST = 5000
 """More writes than a round has time for."""
 
 
