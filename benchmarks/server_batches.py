@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 
-import httpx
 import msgspec
 from user_service_schemas import BatchUsers, ResolveDeliveries
 
 from benchmarks import documents, load
 from benchmarks.budgets import Budget, Goal
 from benchmarks.load import Load, Requests, answered
-from benchmarks.surroundings import Surroundings, cache_reads, out_of_the_cache
+from benchmarks.surroundings import Surroundings, cache_reads, out_of_the_cache, warm_up
 
 ROUNDS = 5
 SECONDS = 1
@@ -30,10 +29,7 @@ def measure(surroundings: Surroundings) -> list[Budget]:
         ),
     }
     server = surroundings.server
-    with httpx.Client(base_url=server.url, headers=surroundings.headers) as http:
-        answer = http.post(_BATCH, content=bodies[_BATCH], headers=_JSON).raise_for_status()
-        assert len(answer.json()["data"]["users"]) == documents.WARM
-        http.post(_RESOLVE, content=bodies[_RESOLVE], headers=_JSON).raise_for_status()
+    warm_up(server, surroundings.headers)
 
     def requests(path: str) -> Requests:
         one = load.request("POST", path, surroundings.headers, bodies[path])
@@ -58,9 +54,6 @@ def measure(surroundings: Surroundings) -> list[Budget]:
             ),
         )
     ]
-
-
-_JSON = {"Content-Type": "application/json"}
 
 
 def _goal(name: str, made: Load, limit: float) -> Goal:

@@ -12,7 +12,6 @@ import subprocess
 import sys
 from statistics import median
 
-import httpx
 import msgspec
 import psutil
 
@@ -20,7 +19,7 @@ from benchmarks import cores, documents, load
 from benchmarks.budgets import Budget, Goal
 from benchmarks.generator import Request, Window
 from benchmarks.load import Load, Requests, Running, answered
-from benchmarks.surroundings import Surroundings
+from benchmarks.surroundings import Surroundings, warm_up
 
 ROUNDS = 3
 SECONDS = 3
@@ -39,7 +38,7 @@ def measure(surroundings: Surroundings) -> list[Budget]:
         surroundings.directory / "reads",
         (_read(number, surroundings.headers) for number in range(documents.WARM)),
     )
-    _cache(server, surroundings.headers)
+    warm_up(server, surroundings.headers)
     hashed: list[float] = []
     alone: list[Window] = []
     meanwhile: list[Window] = []
@@ -114,12 +113,6 @@ def _registration(number: int, headers: dict[str, str]) -> Request:
 
 def _read(number: int, headers: dict[str, str]) -> Request:
     return load.request("GET", f"/api/v1/users/{documents.user_id(number)}", headers)
-
-
-def _cache(server: Running, headers: dict[str, str]) -> None:
-    ids = [documents.user_id(number) for number in range(documents.WARM)]
-    url = f"{server.url}/api/v1/users/batch"
-    httpx.post(url, json={"ids": ids}, headers=headers).raise_for_status()
 
 
 def _hashing() -> float:

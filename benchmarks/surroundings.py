@@ -30,7 +30,7 @@ from user_service_server.settings import load_settings
 from user_service_server.storage.database import connected
 from user_service_server.storage.migrations import upgrade
 
-from benchmarks import cores, population
+from benchmarks import cores, documents, population
 from benchmarks.budgets import Goal
 from benchmarks.load import Running
 from benchmarks.peers import running as peer
@@ -279,6 +279,22 @@ def _is_ready(url: str) -> bool:
         return httpx.get(f"{url}/health/ready", timeout=1).status_code == 200
     except httpx.TransportError:
         return False
+
+
+def warm_up(server: Running, headers: Mapping[str, str]) -> None:
+    """Let the server cache the warm set.
+
+    It is asked again while it refuses, as it may after a benchmark that left it much to do.
+    """
+    ids = [documents.user_id(number) for number in range(documents.WARM)]
+    deadline = time.monotonic() + READY_WITHIN
+    with httpx.Client(base_url=server.url, headers=headers, timeout=READY_WITHIN) as http:
+        while True:
+            answer = http.post("/api/v1/users/batch", json={"ids": ids})
+            if answer.status_code != 503 or time.monotonic() > deadline:
+                break
+            time.sleep(float(answer.headers["Retry-After"]))
+    assert len(answer.raise_for_status().json()["data"]["users"]) == documents.WARM
 
 
 def cache_reads(server: Running) -> dict[str, float]:
