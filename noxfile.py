@@ -85,7 +85,8 @@ def chaos(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Measure the budgets of speed and size; `nox -s bench -- client-many` measures some."""
-    _install(session, *EDITABLE, "-r", "benchmarks/peers/client.txt")
+    # pytest, since a crowd of subscribers is shared with tests/system, whose modules import it.
+    _install(session, *EDITABLE, "pytest", "-r", "benchmarks/peers/client.txt")
     session.run("python", "-m", "benchmarks", *session.posargs)
 
 
