@@ -47,6 +47,12 @@ class Server:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def pid(self) -> int:
+        """Its process, while it runs."""
+        assert self.process is not None
+        return self.process.pid
+
     def start(self, *, wait: bool = True) -> None:
         """Start it; with `wait`, return when it takes requests."""
         command = [sys.executable, "-m", "user_service_server", "serve"]

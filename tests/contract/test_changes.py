@@ -119,6 +119,13 @@ async def test_a_foreign_cursor_is_refused(socket: httpx.AsyncClient, cursor: st
     assert_refused(await socket.get(CHANGES, params={"after": cursor}), 400, "invalid_cursor")
 
 
+@pytest.mark.parametrize("position", ["00", "0{}", "\u0660", "-0", "+{}", "{}.0", " {}", "{}\n"])
+async def test_a_place_has_one_cursor(socket: httpx.AsyncClient, position: str) -> None:
+    epoch, _, last = (await end(socket)).partition(".")
+    answer = await socket.get(CHANGES, params={"after": f"{epoch}.{position.format(last)}"})
+    assert_refused(answer, 400, "invalid_cursor")
+
+
 async def test_a_cursor_that_is_ahead_is_refused(socket: httpx.AsyncClient) -> None:
     epoch = (await end(socket)).partition(".")[0]
     answer = await socket.get(CHANGES, params={"after": f"{epoch}.999999"})

@@ -215,7 +215,7 @@ async def test_limit_out_of_bounds_is_refused(http: httpx.AsyncClient, limit: st
     [
         *["", "junk", ".", "1", "é.1", "{epoch}", "{epoch}.", "{epoch}.-1", "{epoch}.1.0"],
         *["{epoch}.x", "{epoch}." + "9" * 19, "{epoch}." + "9" * 40, "{epoch}." + "9" * 80],
-        "00000000.0",
+        *["00000000.0", "{epoch}.00", "{epoch}.01", "{epoch}.\u0661", "{epoch}.1\n", " {epoch}.1"],
     ],
 )
 async def test_cursor_that_was_never_given_out_is_refused(

@@ -88,6 +88,13 @@ def test_booleans(raw: str, value: bool) -> None:
         ("STARTUP_TIMEOUT", "-1"),
         ("HASH_QUEUE", "many"),
         ("CACHE_TTL", "0"),
+        ("CORS_ORIGINS", "*"),
+        ("CORS_ORIGINS", "null"),
+        ("CORS_ORIGINS", "https://*.example.com"),
+        ("CORS_ORIGINS", "https://example.com/"),
+        ("CORS_ORIGINS", "https://Example.com"),
+        ("CORS_ORIGINS", "https://example.com,"),
+        ("CORS_ORIGINS", "example.com"),
     ],
 )
 def test_wrong_value_is_named_and_shown(name: str, raw: str) -> None:

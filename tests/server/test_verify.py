@@ -14,6 +14,7 @@ from argon2 import PasswordHasher, extract_parameters
 from litestar import Litestar
 from sqlalchemy import Engine, event
 from user_service_server.app import create_app
+from user_service_server.credentials.hashers import Hashers
 from user_service_server.credentials.service import Credentials
 from user_service_server.settings import Settings
 
@@ -75,13 +76,13 @@ class Work:
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> Any:
     work = Work()
-    original = PasswordHasher.verify
+    compare = Hashers.compare
 
-    def counted(self: PasswordHasher, hash_: Any, password: Any) -> Any:
-        work.verified.append(extract_parameters(hash_))
-        return original(self, hash_, password)
+    async def counted(self: Hashers, password: str, password_hash: str) -> bool:
+        work.verified.append(extract_parameters(password_hash))
+        return await compare(self, password, password_hash)
 
-    monkeypatch.setattr(PasswordHasher, "verify", counted)
+    monkeypatch.setattr(Hashers, "compare", counted)
 
     def noted(_c: object, _cursor: object, statement: str, *_: object) -> None:
         # Beside the requests others are at work: the feed, and who watches Postgres.

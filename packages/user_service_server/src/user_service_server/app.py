@@ -27,13 +27,15 @@ from .feedback.routes import feedback_router
 from .feedback.service import Feedback
 from .health.routes import health_router, metrics_router
 from .http.bodies import MAX_BODY, StrictBody
-from .http.callers import make_guard, routes_without_scope
+from .http.callers import Gate, make_guard, routes_without_scope
+from .http.cors import CrossOrigin
 from .http.docs import get_docs_file, get_openapi, show_docs
 from .http.failures import answer_failure
 from .http.idempotency import Idempotency
 from .http.limits import RateLimits
 from .http.observation import Observation
 from .keys.ring import KeyRing
+from .logs import RequestLog
 from .metrics import Metrics
 from .preferences.routes import preferences_router
 from .preferences.service import PreferenceCenter
@@ -46,7 +48,7 @@ from .storage.link import RedisLink
 from .storage.replica import Replica
 from .storage.state import StateWatcher
 from .upkeep import Upkeep
-from .users.routes import users_router
+from .users.routes import DirectUsers, users_router
 from .users.service import Users
 
 REDIS_PATIENCE = 5.0
@@ -79,6 +81,7 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
     users = Users(settings, documents, passwords)
     limits = RateLimits(settings, link, metrics)
     ring = KeyRing(database, metrics)
+    gate = Gate(settings, ring, limits)
     credentials = Credentials(settings, database, documents, passwords, limits)
     preferences = PreferenceCenter(settings, database, documents)
     devices = Devices(settings, database, documents)
@@ -105,7 +108,8 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
     @asynccontextmanager
     async def lifespan(_app: Litestar) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            stack.callback(passwords.close)
+            passwords.start()
+            stack.push_async_callback(passwords.close)
             stack.push_async_callback(link.close)
             stack.push_async_callback(database.close)
             stack.push_async_callback(state.close)
@@ -143,7 +147,7 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
             feedback_router(feedback, documents, idempotency),
             changes_router(feed, settings, draining, metrics, ring),
         ],
-        guards=[make_guard(settings, ring, limits)],
+        guards=[make_guard(gate)],
     )
     health = health_router(
         release, database=database, state=state, replica=replica, link=link, draining=draining
@@ -167,7 +171,11 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
     if forgotten := list(routes_without_scope(app)):
         raise RuntimeError(f"nobody has said who may call {', '.join(forgotten)}")
     # Around the router, so that what no route was found for is observed, too.
-    app.asgi_handler = Observation(app.asgi_handler, metrics, settings.body_timeout)
+    app.asgi_handler = DirectUsers(app.asgi_handler, gate, documents)
+    if settings.cors_origins:
+        app.asgi_handler = CrossOrigin(app.asgi_handler, settings.cors_origins)
+    log = RequestLog(settings.log_level, settings.log_format)
+    app.asgi_handler = Observation(app.asgi_handler, metrics, log, settings.body_timeout)
     return app
 
 

@@ -10,6 +10,9 @@ from user_service_schemas import STATUS_OF, ErrorCode, FieldError
 
 Header = tuple[str, str]
 
+# RFC 9110, section 15.5.2: a 401 tells with what one would be let in.
+_CHALLENGE: Header = ("WWW-Authenticate", "Bearer")
+
 
 class ServiceError(Exception):
     """A request that cannot be answered as it was meant.
@@ -41,7 +44,7 @@ class InvalidCursor(ServiceError):
 
 class MalformedBody(ServiceError):
     code = ErrorCode.MALFORMED_JSON
-    message = "The body is not valid JSON, or it nests too deeply."
+    message = "The body is not valid JSON, is too deep, or has too many values."
 
 
 class UnsupportedMediaType(ServiceError):
@@ -59,7 +62,7 @@ class Unauthenticated(ServiceError):
     message = "A valid service key is needed: Authorization: Bearer usk_…"
 
     def __init__(self) -> None:
-        super().__init__(headers=[("WWW-Authenticate", "Bearer")])
+        super().__init__(headers=[_CHALLENGE])
 
 
 class Forbidden(ServiceError):
@@ -86,6 +89,9 @@ class RateLimited(ServiceError):
 class InvalidCredentials(ServiceError):
     code = ErrorCode.INVALID_CREDENTIALS
     message = "These credentials are not right."
+
+    def __init__(self) -> None:
+        super().__init__(headers=[_CHALLENGE])
 
 
 class UserNotFound(ServiceError):

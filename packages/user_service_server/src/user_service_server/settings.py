@@ -49,10 +49,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ]
     secret_key: Annotated[
         str,
-        Meta(description="keys the digests of request bodies, cursors and links", extra=_SECRET),
+        Meta(
+            description="keys the digests of the bodies that came with an Idempotency-Key",
+            extra=_SECRET,
+        ),
     ] = ""
     secret_key_previous: Annotated[
-        str, Meta(description="the SECRET_KEY before this one, for a day", extra=_SECRET)
+        str,
+        Meta(
+            description="another SECRET_KEY that is understood: the next, or for a day the last",
+            extra=_SECRET,
+        ),
     ] = ""
     auth: Annotated[
         Literal["off", "required"], Meta(description="whether callers need a service key")
@@ -110,10 +117,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 100
     hash_concurrency: Annotated[
         int,
-        Meta(ge=0, le=1024, description="passwords hashed at once; 0: as many as the CPU quota"),
+        Meta(
+            ge=0, le=1024, description="processes that hash passwords; 0: as many as the CPU quota"
+        ),
     ] = 0
     hash_queue: Annotated[
-        int, Meta(ge=0, le=100000, description="passwords that may wait to be hashed")
+        int,
+        Meta(ge=0, le=100000, description="passwords that may wait to be hashed, or verified"),
     ] = 200
     startup_timeout: Annotated[
         float,
@@ -154,6 +164,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             " limited per address",
         ),
     ] = 0
+    cors_origins: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="origins whose scripts may call from a browser, by commas, e.g."
+            " https://admin.example.com; empty: none"
+        ),
+    ] = ()
     body_timeout: Annotated[
         float, Meta(ge=1, le=3600, description="seconds within which a request's body must come")
     ] = 30.0
@@ -377,7 +394,7 @@ def _fields() -> Iterator[_Field]:
 def _shown(value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
-    return "" if value is None else str(value)
+    return "" if value in (None, ()) else str(value)
 
 
 def _read(
@@ -416,6 +433,8 @@ def _convert(field: _Field, raw: str) -> object:
         return _timezone(raw)
     if field.name == "categories":
         return _categories(raw)
+    if field.name == "cors_origins":
+        return _origins(raw)
     if field.name in _WORDS:
         raw = raw.lower()
     if field.type.__origin__ is bool:
@@ -430,6 +449,7 @@ def _convert(field: _Field, raw: str) -> object:
 
 
 _WORDS = {"auth", "log_level", "log_format"}
+_ORIGIN = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?")
 _BOOLEANS = {
     **dict.fromkeys(("on", "true", "1", "yes"), True),
     **dict.fromkeys(("off", "false", "0", "no"), False),
@@ -465,6 +485,14 @@ def _categories(raw: str) -> Catalogue:
         return Catalogue.parse(raw)
     except RuleViolation as violation:
         raise msgspec.ValidationError(str(violation)) from None
+
+
+def _origins(raw: str) -> tuple[str, ...]:
+    origins = tuple(origin.strip() for origin in raw.split(","))
+    # As browsers send them, since they are compared as they are: in lower case, with no path.
+    if not all(_ORIGIN.fullmatch(origin) for origin in origins):
+        raise msgspec.ValidationError("Expected origins, e.g. https://admin.example.com")
+    return origins
 
 
 def _timezone(raw: str) -> str:

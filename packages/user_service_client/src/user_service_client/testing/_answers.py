@@ -40,6 +40,7 @@ from user_service_schemas import (
     ReportFeedback,
     ResolveDeliveries,
     RuleViolation,
+    Scope,
     User,
     UserUpdate,
     VerifiedUser,
@@ -51,7 +52,7 @@ from ._clock import VirtualClock
 from ._directory import Condition, Directory
 from ._feed import Stream
 from ._refusals import Refusal, invalid
-from ._routes import find_route, plain
+from ._routes import SCOPES, find_route, plain
 
 T = TypeVar("T")
 
@@ -85,6 +86,8 @@ class Ask:
     headers: httpx.Headers
     body: bytes
     request_id: str
+    caller: str = ""
+    """The service key, where one is needed."""
     user: str = ""
     device: str = ""
 
@@ -167,17 +170,26 @@ def failure(refusal: Refusal, ask: Ask) -> Answer:
             Envelope[None](success=False, data=None, message=refusal.message, error=error)
         )
     headers = {**NO_STORE, "Content-Type": media_type, "Vary": "Accept", **refusal.headers}
+    if refusal.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     return Answer(refusal.status, headers, body)
 
 
 class Routes:
     """Answers requests from a directory, as the service's routes do."""
 
-    def __init__(self, directory: Directory, clock: VirtualClock) -> None:
+    def __init__(
+        self,
+        directory: Directory,
+        clock: VirtualClock,
+        keys: Mapping[str, frozenset[Scope]] | None,
+    ) -> None:
         self._directory = directory
         self._clock = clock
-        self._recorded: dict[str, _Recorded] = {}
+        self._keys = keys
+        self._recorded: dict[tuple[str, str], _Recorded] = {}
         self.feedback: list[FeedbackItem] = []
+        self.down: frozenset[str] = frozenset()
         self._handlers: Mapping[str, Callable[[Ask], Answer]] = {
             "users.create": self._create_user,
             "users.get": self._get_user,
@@ -229,6 +241,12 @@ class Routes:
             return Answer(204, allow)
         if match.operation is None:
             raise Refusal(ErrorCode.METHOD_NOT_ALLOWED, headers=allow)
+        if self._keys is not None and match.operation in SCOPES:
+            ask.caller = _key_of(ask)
+            if ask.caller not in self._keys:
+                raise Refusal(ErrorCode.UNAUTHENTICATED)
+            if SCOPES[match.operation] not in self._keys[ask.caller]:
+                raise Refusal(ErrorCode.FORBIDDEN)
         ask.user, ask.device = match.user_id, match.device_id
         return self._handlers[match.operation](ask)
 
@@ -432,14 +450,25 @@ class Routes:
         stream = self._directory.feed.subscribe(ask.headers.get("Last-Event-ID"))
         return Answer(200, STREAM_HEADERS, stream=stream)
 
-    def _get_health(self, _: Ask) -> Answer:
-        up = Dependency(status="up", latency_ms=0.0)
+    def _get_health(self, ask: Ask) -> Answer:
+        status = "unhealthy" if "postgres" in self.down else "degraded" if self.down else "healthy"
         health = Health(
-            status="healthy",
+            status=status,
             version=version("user-service-client"),
-            dependencies={"postgres": up, "redis": up},
+            dependencies={
+                name: Dependency(status="down", latency_ms=None)
+                if name in self.down
+                else Dependency(status="up", latency_ms=0.0)
+                for name in ("postgres", "redis")
+            },
         )
-        return success(health, "The service is healthy")
+        message = f"The service is {status}"
+        if "postgres" not in self.down:
+            return success(health, message)
+        code = ErrorCode.DEPENDENCY_UNAVAILABLE
+        error = Error(code=code, details=(), request_id=ask.request_id)
+        envelope = Envelope(success=False, data=health, message=message, error=error)
+        return Answer(503, {**NO_STORE, "Content-Type": JSON}, _encode(envelope))
 
     # What they share
 
@@ -493,15 +522,20 @@ class Routes:
             raise invalid([FieldError(field="Idempotency-Key", message=message)])
         asked = [ask.method, ask.path, ask.headers.get("If-Match", "")]
         digest = hashlib.sha256(b"\0".join([*(part.encode() for part in asked), ask.body])).digest()
-        kept = self._recorded.get(key)
+        kept = self._recorded.get((ask.caller, key))
         if kept is None or kept.at <= self._clock.now() - ANSWERS_KEPT:
             answer, user_id = work()
-            self._recorded[key] = _Recorded(digest, answer, user_id, self._clock.now())
+            self._recorded[ask.caller, key] = _Recorded(digest, answer, user_id, self._clock.now())
             return answer
         if kept.digest != digest:
             raise Refusal(ErrorCode.IDEMPOTENCY_KEY_REUSED)
         headers = {**kept.answer.headers, "Idempotency-Replayed": "true"}
         return Answer(kept.answer.status, headers, kept.answer.body)
+
+
+def _key_of(ask: Ask) -> str:
+    scheme, _, key = ask.headers.get("Authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""
 
 
 def _user_id(ask: Ask) -> str:

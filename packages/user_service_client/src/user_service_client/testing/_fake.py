@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from email.utils import format_datetime
-from typing import TypeAlias, TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
 import httpx
 import msgspec
@@ -29,6 +29,7 @@ from user_service_schemas import (
     RegisterDevice,
     ReportFeedback,
     RuleViolation,
+    Scope,
     User,
     UserUpdate,
     convert_request,
@@ -117,10 +118,9 @@ class FakeUserService(httpx.AsyncBaseTransport):
     change stream: `await fake.clock.advance(0)` lets them read it. A fake serves any number of
     clients, also one after the other, of one event loop.
 
-    It differs from the service where a test hardly looks: any service key may do everything and
-    nobody is limited, nor how much of their feedback takes effect; a telephone number, a language
-    tag and an address are judged by their form; a handful of passwords are too common; and
-    `/health` is always well.
+    It differs from the service where a test hardly looks: nobody is limited, nor how much of their
+    feedback takes effect; a telephone number, a language tag and an address are judged by their
+    form; a handful of passwords are too common; and `/health` says what `lose` has it say.
 
     Args:
         clock: The time of the fake, which only moves when it is told to; None: a new one.
@@ -128,6 +128,8 @@ class FakeUserService(httpx.AsyncBaseTransport):
         password_required: Whether `users.create` needs a password, as the service's setting.
         categories: The catalogue of categories, as the service's setting, such as
             `{"security": {"email": "required", "push": "on"}}`; None: names are free.
+        api_keys: The service keys that it knows, each with its scopes, such as
+            `{"sender's key": [Scope.USERS_READ]}`; None: whoever calls may do everything.
 
     Attributes:
         clock: The time of the fake; a client that is given it waits for nothing real.
@@ -143,6 +145,7 @@ class FakeUserService(httpx.AsyncBaseTransport):
         default_timezone: str = "UTC",
         password_required: bool = True,
         categories: Categories | None = None,
+        api_keys: Mapping[str, Iterable[Scope]] | None = None,
     ) -> None:
         self.clock = clock or VirtualClock()
         self.requests: list[AskedRequest] = []
@@ -152,7 +155,8 @@ class FakeUserService(httpx.AsyncBaseTransport):
             password_required=password_required,
             catalogue=_catalogue(categories),
         )
-        self._routes = Routes(self._directory, self.clock)
+        keys = None if api_keys is None else {key: frozenset(of) for key, of in api_keys.items()}
+        self._routes = Routes(self._directory, self.clock, keys)
         self.feedback: list[FeedbackItem] = self._routes.feedback
         self._faults: Script[_Failure | _Drop] = Script()
         self._delays: Script[float] = Script()
@@ -409,6 +413,13 @@ class FakeUserService(httpx.AsyncBaseTransport):
     def unused_faults(self) -> list[str]:
         """Describe what was scripted and did not happen, or not as often as it was to."""
         return [*self._faults.unused(), *self._delays.unused()]
+
+    def lose(self, *dependencies: Literal["postgres", "redis"]) -> None:
+        """Have `/health` say that these are down, and no others; `lose()`: that all is well.
+
+        Everything else is answered as before: see `fail`.
+        """
+        self._routes.down = frozenset(dependencies)
 
     def refuse_connections(self) -> None:
         """Be dead: streams break, and nobody can connect, until `accept_connections`."""

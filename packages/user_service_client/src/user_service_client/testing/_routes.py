@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from user_service_schemas import Scope
+
 STREAM = "changes.stream"
 
 _PATHS: Mapping[str, Mapping[str, str]] = {
@@ -44,6 +46,31 @@ _PATTERNS = [
     (re.compile(re.sub(r"{(\w+)}", r"(?P<\1>[^/]+)", path)), methods)
     for path, methods in _PATHS.items()
 ]
+
+SCOPES: Mapping[str, Scope] = {
+    "users.create": Scope.USERS_WRITE,
+    "users.get": Scope.USERS_READ,
+    "users.list": Scope.USERS_LIST,
+    "users.lookup": Scope.USERS_READ,
+    "users.get_many": Scope.USERS_READ,
+    "users.update": Scope.USERS_WRITE,
+    "users.delete": Scope.USERS_WRITE,
+    "users.set_password": Scope.CREDENTIALS_WRITE,
+    "users.lift_suppression": Scope.USERS_WRITE,
+    "credentials.verify": Scope.CREDENTIALS_VERIFY,
+    "preferences.get": Scope.USERS_READ,
+    "preferences.update": Scope.PREFERENCES_WRITE,
+    "preferences.history": Scope.USERS_READ,
+    "devices.list": Scope.USERS_READ,
+    "devices.register": Scope.DEVICES_WRITE,
+    "devices.update": Scope.DEVICES_WRITE,
+    "devices.remove": Scope.DEVICES_WRITE,
+    "deliveries.resolve": Scope.USERS_READ,
+    "feedback.report": Scope.FEEDBACK_WRITE,
+    "changes.list": Scope.CHANGES_READ,
+    STREAM: Scope.CHANGES_READ,
+}
+"""What a service key needs; the others need none."""
 
 OPERATIONS = frozenset(name for methods in _PATHS.values() for name in methods.values())
 

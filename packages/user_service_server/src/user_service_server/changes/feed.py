@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -39,6 +40,9 @@ JOINED_BYTES = 64 * 1024
 QUEUE_BYTES = 1024 * 1024
 """How much may wait for one reader before it is cut off, to continue when it reads again."""
 
+_CURSOR = re.compile(r"([0-9A-Za-z]{1,32})\.(0|[1-9][0-9]{0,17})")
+"""Each place has one cursor: no leading zeros, and no other scripts' digits."""
+
 _log = structlog.get_logger()
 _encode = msgspec.json.Encoder().encode
 
@@ -55,10 +59,10 @@ class Cursor(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Cursor:
         """Return the cursor that `text` is; raises `InvalidCursor`."""
-        epoch, _, position = text.partition(".")
-        if not epoch.isalnum() or not position.isdecimal() or len(text) > 64:
+        found = _CURSOR.fullmatch(text)
+        if not found:
             raise InvalidCursor
-        return cls(epoch, int(position))
+        return cls(found[1], int(found[2]))
 
 
 class Event(NamedTuple):

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Final
 
 from argon2 import PasswordHasher
-from argon2.exceptions import InvalidHashError, VerificationError
 from user_service_schemas import FieldError
 
-from ..errors import Overloaded
 from ..settings import Settings
+from .hashers import Hashers
 
-T = TypeVar("T")
+TIME_COST: Final = 2
+MEMORY_COST: Final = 19456
+"""KiB."""
 
 
 @cache
@@ -40,24 +38,31 @@ def judge_password(password: str, *, field: str, email: str, name: str) -> list[
 
 
 class Passwords:
-    """Hashes and verifies off the event loop: a bounded number at once, and a bounded queue.
+    """Hashes and verifies off the event loop.
 
     argon2id at m=19456 KiB, t=2, p=1 (OWASP Password Storage Cheat Sheet): about 18 ms of a core.
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._hasher = PasswordHasher(time_cost=2, memory_cost=19456, parallelism=1)
-        workers = settings.hash_concurrency or usable_cpus()
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="argon2")
-        self._limit = workers + settings.hash_queue
-        self._waiting = 0
+        hasher = PasswordHasher(time_cost=TIME_COST, memory_cost=MEMORY_COST, parallelism=1)
+        self.is_outdated: Final = hasher.check_needs_rehash
+        """Whether a hash was made with weaker parameters than are used now."""
+        self._hashers = Hashers(
+            settings.hash_concurrency or usable_cpus(),
+            settings.hash_queue,
+            (TIME_COST, MEMORY_COST),
+        )
         # Verified for whoever has no password; made now, since the first to need it would take
         # twice as long.
-        self._nobodys = self._hasher.hash(os.urandom(16))
+        self._nobodys = hasher.hash(os.urandom(16))
+
+    def start(self) -> None:
+        """Begin to hash."""
+        self._hashers.start()
 
     async def hash(self, password: str) -> str:
         """Return the encoded argon2id hash; raises `Overloaded` when too many wait."""
-        return await self._run(lambda: self._hasher.hash(password))
+        return await self._hashers.make(password)
 
     async def verify(self, password: str, password_hash: str | None) -> bool:
         """Whether `password` belongs to the hash; the same work where there is none.
@@ -65,38 +70,17 @@ class Passwords:
         Raises:
             Overloaded: too many wait.
         """
-        return await self._run(lambda: self._verify(password, password_hash))
-
-    def _verify(self, password: str, password_hash: str | None) -> bool:
-        try:
-            self._hasher.verify(password_hash or self._nobodys, password)
-        except (VerificationError, InvalidHashError):
-            return False
-        return password_hash is not None
-
-    def is_outdated(self, password_hash: str) -> bool:
-        """Whether a hash was made with weaker parameters than are used now."""
-        return self._hasher.check_needs_rehash(password_hash)
-
-    async def _run(self, work: Callable[[], T]) -> T:
-        if self._waiting >= self._limit:
-            raise Overloaded
-        self._waiting += 1
-        future = asyncio.get_running_loop().run_in_executor(self._pool, work)
-        future.add_done_callback(self._done)
-        return await future
-
-    def _done(self, _future: asyncio.Future[T]) -> None:
-        self._waiting -= 1
+        is_right = await self._hashers.compare(password, password_hash or self._nobodys)
+        return is_right and password_hash is not None
 
     @property
     def waiting(self) -> int:
         """How many passwords are being hashed or wait for it."""
-        return self._waiting
+        return self._hashers.waiting
 
-    def close(self) -> None:
-        """Let go of the threads; what still waits is dropped."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+    async def close(self) -> None:
+        """End what hashes; what still waits is dropped."""
+        await self._hashers.close()
 
 
 def usable_cpus(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
