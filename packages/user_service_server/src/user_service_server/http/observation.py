@@ -11,7 +11,6 @@ import re
 import time
 from collections.abc import Callable
 
-from litestar import Request
 from litestar.enums import HttpMethod, ScopeType
 from litestar.types import (
     ASGIApp,
@@ -28,7 +27,7 @@ from uuid_utils import uuid7
 from .. import logs
 from ..logs import RequestLog
 from ..metrics import Metrics
-from .failures import BodyTooSlow, answer_failure
+from .failures import BodyTooSlow, meaning, send_failure
 from .requests import header
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -81,10 +80,10 @@ class Observation:
                 receive = _in_time(receive, self._body_timeout)
             await self._app(*_as_get(scope, receive, send_with_id))
         except Exception as error:  # noqa: BLE001 - the last net, below it is only the socket
-            response = answer_failure(Request(scope), error)
-            if not status:
-                render = response.to_asgi_response(app=None, request=Request(scope))
-                await render(scope, receive, send_with_id)
+            if status:
+                meaning(error)  # it is logged; nobody can be told any more
+            else:
+                await send_failure(error, scope, receive, send_with_id)
         finally:
             self._note(scope, method, status, time.perf_counter() - began)
             logs.request_id.reset(token)

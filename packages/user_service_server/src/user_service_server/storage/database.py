@@ -49,6 +49,7 @@ _GONE = (
     asyncpg.InterfaceError,
     asyncpg.OperatorInterventionError,
     asyncpg.InternalClientError,
+    asyncpg.ReadOnlySQLTransactionError,  # a standby: the primary is another, or none yet
 )
 
 

@@ -33,6 +33,7 @@ from ..http.answers import (
 )
 from ..http.bodies import MAX_BATCH_BODY
 from ..http.callers import Gate
+from ..http.failures import send_failure
 from ..http.idempotency import Idempotency
 from ..http.operations import Operation, operation
 from ..http.requests import (
@@ -96,8 +97,11 @@ class DirectUsers:
         if asked is None:
             return await self._app(scope, receive, send)
         scope["path_template"] = "/api/v1/users/{user_id}"
-        await self._gate.admit(scope, self._operation)
-        answered = await answer_user(self._documents, scope, asked[1])
+        try:
+            await self._gate.admit(scope, self._operation)
+            answered = await answer_user(self._documents, scope, asked[1])
+        except Exception as error:  # noqa: BLE001 - as Litestar does around its routes
+            return await send_failure(error, scope, receive, send)
         return await answered(scope, receive, send)
 
 
