@@ -11,7 +11,16 @@ from user_service_server.embedded import EmbeddedPostgres, EmbeddedValkey
 from user_service_server.settings import Settings
 
 from .engines import Engines, engines, settings_for
+from .private import PRIVATE, noting
 from .servers import Server, serving
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_private_is_logged() -> Iterator[None]:
+    """Whatever a test does: no log of a server or of Postgres holds what was sent to it."""
+    with noting():
+        yield
+    assert PRIVATE.found == []
 
 
 @pytest.fixture(scope="session", name="engines")

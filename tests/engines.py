@@ -16,6 +16,7 @@ from user_service_server.embedded import EmbeddedPostgres, EmbeddedValkey
 from user_service_server.settings import Settings, load_settings
 from user_service_server.storage.migrations import upgrade
 
+from .private import PRIVATE
 from .programs import PgBouncer, pgbouncer
 
 TEMPLATE = "template"
@@ -37,6 +38,8 @@ def open_dir() -> Iterator[Path]:
     try:
         yield directory
     finally:
+        for log in directory.glob("*/log"):
+            PRIVATE.search(log)
         shutil.rmtree(directory)
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import httpx
 
+from .private import PRIVATE
+
 READY_WITHIN = 20.0
 """Seconds; a start takes one or two."""
 
@@ -108,4 +110,5 @@ def serving(database_url: str, redis_url: str, **others: str) -> Iterator[Server
     finally:
         if server.process is not None:
             server.kill()
+        PRIVATE.search(server.log)
         server.log.unlink()

@@ -15,6 +15,7 @@ APP = """
 import asyncio, contextlib, os, sys
 from contextlib import asynccontextmanager
 import uvloop
+from user_service_server import serving
 from user_service_server.serving import ServingError, serve
 from user_service_server.settings import load_settings
 
@@ -45,6 +46,8 @@ class App:
 async def main():
     await serve(App(), settings, draining=draining, on_ready=lambda: print("ready", flush=True))
 
+if "impatient" in sys.argv:
+    serving._IDLE_TIMEOUT_MS = 1000
 urls = {"DATABASE_URL": "postgresql://h/d", "REDIS_URL": "redis://h"}
 settings = load_settings(dict(os.environ, **urls), None)
 draining = asyncio.Event()
@@ -212,3 +215,27 @@ async def test_taken_port_is_named_before_anything_starts() -> None:
             assert output == b""
             assert errors.decode().startswith(f"Port {port} is taken")
             assert errors.count(b"\n") == 1
+
+
+@pytest.mark.anyio
+async def test_headers_that_drip_are_cut_off_as_a_whole() -> None:
+    """The time is that of all headers: a byte now and then does not begin it anew."""
+    async with served("impatient") as server:
+        await server.says("ready")
+        opened = [await server.connect() for _ in range(100)]
+
+        async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+            reading = asyncio.create_task(reader.read())
+            writer.write(b"GET / HTTP/1.1\r\nX-Slow: ")
+            while not reading.done():
+                writer.write(b"a")
+                await asyncio.wait({reading}, timeout=0.1)
+            with suppress(ConnectionError):
+                return await reading
+            return b""
+
+        async with asyncio.timeout(5):
+            received = await asyncio.gather(*(drip(*one) for one in opened))
+        assert not any(b" 200 " in one for one in received)
+        reader, _ = await server.request("/")
+        assert await body(reader) == b"ready"
