@@ -3,13 +3,19 @@ ARG BASE=python:3.13-slim-bookworm
 
 FROM ${BASE} AS build
 WORKDIR /build
-COPY constraints.txt ./
-COPY packages ./packages
-# pip reads its index from the secret `pip`, if one is given: `--secret id=pip,src=pip.conf`.
+COPY image ./
+# pip reads its index from the secret `pip`, if one is given: `--secret id=pip,src=pip.conf`. Wherever
+# a file comes from, its hash is in build.txt or runtime.txt.
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
-    python3 -m venv /opt/user-service \
-    && /opt/user-service/bin/pip install --no-cache-dir --disable-pip-version-check \
-        -c constraints.txt ./packages/user_service_schemas ./packages/user_service_server \
+    python3 -m venv /opt/build \
+    && python3 -m venv /opt/user-service \
+    && /opt/build/bin/pip install --require-hashes -r build.txt \
+    && /opt/user-service/bin/pip install --require-hashes -r runtime.txt
+COPY packages ./packages
+RUN /opt/build/bin/pip wheel --no-index --no-deps --no-build-isolation --wheel-dir wheels \
+        ./packages/user_service_schemas ./packages/user_service_server \
+    && /opt/user-service/bin/pip install --no-index --no-deps wheels/*.whl \
+    && /opt/user-service/bin/pip check \
     && /opt/user-service/bin/pip uninstall --yes --quiet pip setuptools
 
 FROM ${BASE}

@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import nox
+from nox.command import CommandFailed
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -19,6 +20,7 @@ nox.options.reuse_venv = "yes"
 nox.options.sessions = ["tests", "lint", "types", "package"]
 
 CONSTRAINTS = "constraints.txt"
+IMAGE_BUILD, IMAGE_RUNTIME = "image/build.txt", "image/runtime.txt"
 PYTHONS = ["3.11", "3.12", "3.13"]
 SCHEMAS = Path("packages/user_service_schemas")
 SERVER = Path("packages/user_service_server")
@@ -83,7 +85,8 @@ def chaos(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Measure the budgets of speed and size; `nox -s bench -- client-many` measures some."""
-    _install(session, *EDITABLE, "-r", "benchmarks/peers/client.txt")
+    # pytest, since a crowd of subscribers is shared with tests/system, whose modules import it.
+    _install(session, *EDITABLE, "pytest", "-r", "benchmarks/peers/client.txt")
     session.run("python", "-m", "benchmarks", *session.posargs)
 
 
@@ -111,12 +114,18 @@ def types(session: nox.Session) -> None:
 def audit(session: nox.Session) -> None:
     """Ask for known flaws of all that constraints.txt names. Needs the network: see security.md."""
     session.install("pip-audit")
-    session.run("pip-audit", "--requirement", CONSTRAINTS, "--no-deps", "--disable-pip")
+    # Strict: a package of which nothing could be learned is not one without flaws.
+    command = ("pip-audit", "--strict", "--requirement", CONSTRAINTS, "--no-deps", "--disable-pip")
+    try:
+        session.run(*command)
+    except CommandFailed:
+        session.error("flaws, or a package of which PyPI's advisories could not be had: see above")
 
 
 @nox.session
 def package(session: nox.Session) -> None:
     """Build the distributions, and show that they are whole and bring only what they should."""
+    session.install("--require-hashes", "-r", IMAGE_BUILD)
     _install(session, *_group("package"))
     dist = Path(session.create_tmp(), "dist").absolute()
     shutil.rmtree(dist, ignore_errors=True)
@@ -124,25 +133,44 @@ def package(session: nox.Session) -> None:
         session.run("python", "-m", "build", "--no-isolation", "--outdir", str(dist), str(path))
         _check_wheel_is_whole(session, dist, path)
 
-    python = _install_wheel_alone(session, dist, CLIENT)
+    python = _empty_environment(session, CLIENT)
+    install = (python, "-m", "pip", "install", "--quiet")
+    wheel = str(_wheel(dist, CLIENT))
+    session.run(*install, "-c", CONSTRAINTS, "--find-links", str(dist), wheel, external=True)
     session.run(python, "-I", "-c", "import user_service_client.testing", external=True)
     _check_nothing_of_the_server(session, python)
 
-    python = _install_wheel_alone(session, dist, SERVER)
+    # As the Dockerfile does it.
+    python = _empty_environment(session, SERVER)
+    install = (python, "-m", "pip", "install", "--quiet")
+    session.run(*install, "--require-hashes", "-r", IMAGE_RUNTIME, external=True)
+    wheels = [str(_wheel(dist, path)) for path in (SCHEMAS, SERVER)]
+    session.run(*install, "--no-index", "--no-deps", *wheels, external=True)
+    session.run(python, "-m", "pip", "check", external=True)
     session.run(str(Path(python).with_name("user-service")), "--help", external=True)
 
 
 @nox.session
 def pin(session: nox.Session) -> None:
-    """Renew constraints.txt: the newest versions that go together, for every Python and system."""
+    """Renew constraints.txt, the newest versions that go together, and the hashes of the image."""
     _install(session, *_group("ci"))
-    local = [f"{path.name} @ {path.absolute().as_uri()}" for path in (SCHEMAS, CLIENT)]
-    local.append(f"{SERVER.name}[embedded] @ {SERVER.absolute().as_uri()}")
+    schemas, server, client = (f"{path.name} @ {path.absolute().as_uri()}" for path in PACKAGES)
+    embedded = server.replace(" @", "[embedded] @")
+    build = sorted({line for path in PACKAGES for line in _build_requirements(path)})
     tools = [line for group in ("tests", "lint", "types", "package") for line in _group(group)]
-    requirements = Path(session.create_tmp(), "requirements.in").absolute()
-    requirements.write_text("\n".join([*local, *tools]))
+    _compile(session, CONSTRAINTS, [schemas, embedded, client, *build, *tools], "--upgrade")
+    # Wheels alone: what a source distribution fetches to build itself has no hash in these files.
+    hashed = ("-c", CONSTRAINTS, "--generate-hashes", "--only-binary=:all:", "--emit-build-options")
+    _compile(session, IMAGE_BUILD, build, *hashed)
+    _compile(session, IMAGE_RUNTIME, [schemas, server], *hashed)
+
+
+def _compile(session: nox.Session, output: str, requirements: list[str], *options: str) -> None:
+    """Write what these requirements bring, for every Python and system, without our own."""
+    source = Path(session.create_tmp(), "requirements.in").absolute()
+    source.write_text("\n".join(requirements))
     session.run(
-        *("uv", "pip", "compile", str(requirements), "--output-file", CONSTRAINTS, "--upgrade"),
+        *("uv", "pip", "compile", str(source), "--output-file", output, *options),
         *("--universal", "--python-version", PYTHONS[0], "--no-annotate", "--no-emit-index-url"),
         *("--custom-compile-command", "nox -s pin", "--quiet"),
         *(option for path in PACKAGES for option in ("--no-emit-package", path.name)),
@@ -163,17 +191,11 @@ def _check_wheel_is_whole(session: nox.Session, dist: Path, path: Path) -> None:
         session.error(f"{path.name}: not in the wheel: {', '.join(sorted(missing))}")
 
 
-def _install_wheel_alone(session: nox.Session, dist: Path, path: Path) -> str:
-    """Install a wheel where nothing else is, and return that environment's Python."""
+def _empty_environment(session: nox.Session, path: Path) -> str:
+    """Make an environment for a package where nothing else is, and return its Python."""
     home = Path(session.create_tmp(), path.name).absolute()
     session.run("python", "-m", "venv", "--clear", str(home))
-    python = str(home / "bin" / "python")
-    session.run(
-        *(python, "-m", "pip", "install", "--quiet", "-c", CONSTRAINTS),
-        *("--find-links", str(dist), str(_wheel(dist, path))),
-        external=True,
-    )
-    return python
+    return str(home / "bin" / "python")
 
 
 def _check_nothing_of_the_server(session: nox.Session, python: str) -> None:
@@ -195,6 +217,10 @@ def _dependencies(path: Path) -> set[str]:
     extras = project.get("optional-dependencies", {}).values()
     lines = [*project["dependencies"], *(line for extra in extras for line in extra)]
     return {canonicalize_name(Requirement(line).name) for line in lines}
+
+
+def _build_requirements(path: Path) -> list[str]:
+    return list(nox.project.load_toml(path / "pyproject.toml")["build-system"]["requires"])
 
 
 def _wheel(dist: Path, path: Path) -> Path:

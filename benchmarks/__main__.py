@@ -11,22 +11,44 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeAlias
 
-from benchmarks import client_cached, client_many, client_uncached, start
+from benchmarks import (
+    client_cached,
+    client_many,
+    client_uncached,
+    decisions,
+    server_batches,
+    server_cached,
+    server_growth,
+    server_registrations,
+    server_stream,
+    server_uncached,
+    server_writes,
+    start,
+)
 from benchmarks.budgets import Budget
+from benchmarks.load import generator_used
 from benchmarks.report import as_json, as_table, machine
-from benchmarks.surroundings import Surroundings
+from benchmarks.surroundings import RAISED, Surroundings
 
 RESULTS = Path(__file__).with_name("results") / "latest.json"
 
 Benchmark: TypeAlias = Callable[[Surroundings], list[Budget]]
 
 # A benchmark is a function that is given what it may start or use, and returns the budgets that it
-# has measured. Those of the server (budgets 1 to 8, and 12) are to be put in here.
+# has measured.
 BENCHMARKS: dict[str, Benchmark] = {
+    "server-cached": server_cached.measure,
+    "server-uncached": server_uncached.measure,
+    "server-writes": server_writes.measure,
+    "server-registrations": server_registrations.measure,
+    "server-stream": server_stream.measure,
+    "server-batches": server_batches.measure,
+    "decisions": decisions.measure,
     "client-cached": client_cached.measure,
     "client-uncached": client_uncached.measure,
     "client-many": client_many.measure,
     "start": start.measure,
+    "server-growth": server_growth.measure,
 }
 
 
@@ -40,7 +62,7 @@ def main() -> int:
     if unknown := set(names) - set(BENCHMARKS):
         parser.error(f"no such benchmark: {', '.join(sorted(unknown))}")
 
-    began, load = datetime.now(UTC), os.getloadavg()
+    began, load, begun = datetime.now(UTC), os.getloadavg(), time.monotonic()
     budgets: list[Budget] = []
     with Surroundings() as surroundings:
         for name in names:
@@ -48,7 +70,10 @@ def main() -> int:
             budgets += BENCHMARKS[name](surroundings)
             print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     budgets.sort(key=lambda budget: budget.number)
-    print(f"{machine()}, load before {load[0]:.1f} and after {os.getloadavg()[0]:.1f}\n")
+    took = f"{time.monotonic() - begun:.0f} s"
+    print(f"{machine()}, load before {load[0]:.1f} and after {os.getloadavg()[0]:.1f}, took {took}")
+    raised = ", ".join(f"{name}={value}" for name, value in RAISED.items())
+    print(f"load: {generator_used()}; the service as it is shipped, but for {raised}\n")
     print(as_table(budgets))
     arguments.json.parent.mkdir(exist_ok=True)
     arguments.json.write_text(as_json(budgets, began, (load[0], os.getloadavg()[0])))

@@ -14,6 +14,9 @@ FORMAT = "1a2b3c4d"
 DOCUMENT_TAG = f"{EPOCH}.{FORMAT}"
 """What a batch says in `X-Document-Tag`."""
 
+WARM = 1000
+"""Users that are read again and again; those from here on are read, or changed, now and then."""
+
 _AT = datetime(2026, 3, 14, 15, 9, 26, 535897, UTC)
 
 

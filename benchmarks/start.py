@@ -28,8 +28,8 @@ def measure(surroundings: Surroundings) -> list[Budget]:
     """Measure each a few times."""
     serves: list[Spent] = []
     for _ in range(SERVES):
-        with surroundings.serve() as running:
-            serves.append(running.start)
+        with surroundings.serve() as started:
+            serves.append(started.start)
     first = [_dev(surroundings)]
     again = [_dev(surroundings) for _ in range(DEVS_AGAIN)]
     return [
@@ -61,8 +61,8 @@ def _bounded(name: str, limit: float, starts: list[Spent]) -> Goal:
 def _dev(surroundings: Surroundings) -> Spent:
     """Return what it takes until `user-service dev` answers, on its own engines."""
     arguments = ("dev", "--data-dir", surroundings.directory / "dev")
-    with surroundings.user_service(*arguments, environ={}) as running:
-        return running.start
+    with surroundings.user_service(*arguments, environ={}) as started:
+        return started.start
 
 
 def _measure_import() -> Goal:

@@ -4,6 +4,7 @@ Each worker has its own, which takes half a second: nothing is shared, so nothin
 and a test may stop, kill or pause an engine without meeting another test.
 """
 
+import os
 import re
 import shutil
 import tempfile
@@ -16,9 +17,13 @@ from user_service_server.settings import Settings, load_settings
 from user_service_server.storage.migrations import upgrade
 
 from .private import PRIVATE
+from .programs import PgBouncer, pgbouncer
 
 TEMPLATE = "template"
 """The database that is migrated once, and that every other is a copy of."""
+
+POOLED = os.environ.get("PGBOUNCER", "off")
+"""Whether all tests reach their databases through PgBouncer: see tests/chaos/test_pgbouncer.py."""
 
 SMALL = {"shared_buffers": "16MB", "max_wal_senders": "0", "wal_level": "minimal"}
 """PostgreSQL settings for a server that lives as long as some tests."""
@@ -39,19 +44,25 @@ def open_dir() -> Iterator[Path]:
 
 
 class Engines:
-    """A running PostgreSQL with a migrated template database, and a running Valkey."""
+    """A running PostgreSQL with a migrated template database, and a running Valkey.
 
-    def __init__(self, postgres: EmbeddedPostgres, valkey: EmbeddedValkey) -> None:
+    Databases are reached through the `pooler`, if there is one.
+    """
+
+    def __init__(
+        self, postgres: EmbeddedPostgres, valkey: EmbeddedValkey, pooler: PgBouncer | None = None
+    ) -> None:
         self.postgres = postgres
         self.valkey = valkey
+        self._pooler = pooler
         template = postgres.create_database(TEMPLATE)
-        upgrade(settings_for(template, valkey.url))
+        upgrade(settings_for(template, valkey.url, PGBOUNCER="off"))
 
     def create_database(self, name: str) -> str:
         """Create a database as it is after `migrate`, and return its URL."""
-        return self.postgres.create_database(
-            re.sub(r"\W+", "_", name)[-60:].lower(), template=TEMPLATE
-        )
+        name = re.sub(r"\W+", "_", name)[-60:].lower()
+        url = self.postgres.create_database(name, template=TEMPLATE)
+        return url if self._pooler is None else self._pooler.url(name)
 
 
 @contextmanager
@@ -63,7 +74,10 @@ def engines() -> Iterator[Engines]:
         valkey = EmbeddedValkey(directory / "valkey")
         stack.enter_context(postgres)
         stack.enter_context(valkey)
-        yield Engines(postgres, valkey)
+        pooler = None
+        if POOLED == "on":
+            pooler = stack.enter_context(pgbouncer(postgres, directory))
+        yield Engines(postgres, valkey, pooler)
 
 
 def settings_for(database_url: str, redis_url: str, **others: str) -> Settings:
@@ -71,4 +85,4 @@ def settings_for(database_url: str, redis_url: str, **others: str) -> Settings:
     # A busy machine is late; what a late Redis does is tested by those that make it late.
     patience = {"REDIS_TIMEOUT_MS": "5000"}
     environ = {"AUTH": "off", "DATABASE_URL": database_url, "REDIS_URL": redis_url, **patience}
-    return load_settings({**environ, **others}, None)
+    return load_settings({**environ, "PGBOUNCER": POOLED, **others}, None)

@@ -22,6 +22,9 @@ READY_WITHIN = 20.0
 """Seconds; a start takes one or two."""
 
 
+_HANDED_ON = ("PATH", "PYTHONPATH", "PGBOUNCER")
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -46,11 +49,17 @@ class Server:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def pid(self) -> int:
+        """Its process, while it runs."""
+        assert self.process is not None
+        return self.process.pid
+
     def start(self, *, wait: bool = True) -> None:
         """Start it; with `wait`, return when it takes requests."""
         command = [sys.executable, "-m", "user_service_server", "serve"]
         environ = {
-            **{name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ},
+            **{name: os.environ[name] for name in _HANDED_ON if name in os.environ},
             "AUTH": "off",
             "SHUTDOWN_GRACE": "0",
             "PORT": str(self.port),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from user_service_client import _cache
+from user_service_client import _coverage
 
 from ..client.test_cache_memory import measure
 from ..servers import Server, serving
@@ -22,7 +22,7 @@ async def test_memory_of_fifty_thousand_copies() -> None:
 async def test_how_late_a_live_client_of_another_server_is(
     server: Server, database_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_cache, "LAG", 0.0)
+    monkeypatch.setattr(_coverage, "LAG", 0.0)
     with serving(database_url, redis_url, REDIS_TIMEOUT_MS="2000") as other:
         lags = await measure_lags(server.url, other.url, CHANGES)
     p50, p99, most = (1000 * quantile(lags, share) for share in (0.5, 0.99, 1.0))

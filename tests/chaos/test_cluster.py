@@ -54,7 +54,7 @@ def cached(primaries: list[Primary]) -> list[set[str]]:
     keys = [
         [
             key.decode().split(":")[-3:]
-            for key in primary.command("KEYS", "user-service:*")
+            for key in primary.command("KEYS", "user-service:*:{b*}:*:*")
             if primary.command("TYPE", key) == b"string"
         ]
         for primary in primaries

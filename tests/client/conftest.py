@@ -1,4 +1,4 @@
-"""A client whose answers are scripted, and what it sent."""
+"""Clients: of a service whose answers are scripted, and of the fake service."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import httpx
 import msgspec
 import pytest
 from user_service_client import UserServiceClient
+from user_service_client.testing import FakeUserService
+
+from .network import Network, client_of
 
 USER_ID = "01a205c7-a743-7a16-a135-c839ba84936e"
 ETAG = '"e.f.3"'
@@ -97,8 +100,32 @@ def service() -> Service:
 
 
 @pytest.fixture
-async def client(service: Service) -> AsyncIterator[UserServiceClient]:
-    """A client that makes one attempt, so that one scripted answer is what it gets."""
+async def scripted(service: Service) -> AsyncIterator[UserServiceClient]:
+    """A client of `service` that makes one attempt, so that one scripted answer is what it gets."""
     transport = httpx.MockTransport(service.handle)
     async with UserServiceClient("http://users.test", transport=transport, retries=0) as made:
+        yield made
+
+
+@pytest.fixture
+def fake() -> FakeUserService:
+    return FakeUserService()
+
+
+@pytest.fixture
+def network(fake: FakeUserService) -> Network:
+    return Network(fake)
+
+
+@pytest.fixture
+async def client(network: Network) -> AsyncIterator[UserServiceClient]:
+    """A client of `fake`, on its clock."""
+    async with client_of(network) as made:
+        yield made
+
+
+@pytest.fixture
+async def live(network: Network) -> AsyncIterator[UserServiceClient]:
+    """A client of `fake`, on its clock, that follows the stream and is covered by it."""
+    async with client_of(network, live=True) as made:
         yield made

@@ -17,6 +17,8 @@ from user_service_client import User, UserServiceClient
 from user_service_client.testing import FakeUserService
 from user_service_client.testing._routes import find_route, plain
 
+NOBODY = "01a205c7-a743-7a16-a135-c839ba84936e"
+"""An id that no user of a fake has."""
 SOON = 5.0
 """Real seconds for what takes a few turns of the event loop."""
 

@@ -7,7 +7,6 @@ import gzip
 import httpx
 import pytest
 from user_service_client import NotFound, UserServiceClient, UserServiceError
-from user_service_client._calls import _url_below
 
 from tests.client.conftest import ETAG, USER, USER_ID, Service, envelope
 
@@ -44,35 +43,20 @@ async def test_an_address_is_what_httpx_makes_of_its_text(base_url: str, user_id
     assert f"{seen[0].url}".startswith(f"{httpx.URL(base_url)}".rstrip("/") + "/api/v1/users/")
 
 
-def test_an_httpx_that_keeps_its_addresses_otherwise_is_asked_to_parse(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    class Later:
-        def __init__(self, url: object) -> None:
-            self.text = str(url)
-
-        def __str__(self) -> str:
-            return self.text
-
-    monkeypatch.setattr(httpx, "URL", Later)
-    assert str(_url_below(httpx.URL("http://h/x"), "/y", None)) == "http://h/x/y"
-    assert str(_url_below(httpx.URL("http://h"), "/y", "a=b")) == "http://h/y?a=b"
-
-
 async def test_a_body_has_its_length_and_a_read_has_none(
-    client: UserServiceClient, service: Service
+    scripted: UserServiceClient, service: Service
 ) -> None:
     service.answers({"users": [USER], "missing": []})
-    await client.users.get_many([USER_ID])
+    await scripted.users.get_many([USER_ID])
     assert service.sent.headers["Content-Length"] == str(len(service.sent.content))
     assert service.sent.content
 
     service.answers(USER)
-    await client.users.get_with_etag(USER_ID)
+    await scripted.users.get_with_etag(USER_ID)
     assert "Content-Length" not in service.sent.headers
 
 
-async def test_a_compressed_answer_is_read(client: UserServiceClient, service: Service) -> None:
+async def test_a_compressed_answer_is_read(scripted: UserServiceClient, service: Service) -> None:
     body = gzip.compress(envelope(USER))
     service.replies(200, body, {"ETag": ETAG, "Content-Encoding": "gzip"})
-    assert (await client.users.get(USER_ID)).id == USER_ID
+    assert (await scripted.users.get(USER_ID)).id == USER_ID

@@ -7,6 +7,7 @@ import gc
 import gzip
 import os
 import random
+import re
 import socket
 import socketserver
 import ssl
@@ -26,6 +27,7 @@ from aiohttp import http_exceptions
 from aiohttp.client_proto import ResponseHandler
 from user_service_client import _aiohttp
 from user_service_client._aiohttp import AiohttpTransport
+from user_service_client._transport import Attempt, Origin, Outgoing, Reply
 
 Reader = asyncio.StreamReader
 Writer = asyncio.StreamWriter
@@ -121,6 +123,52 @@ async def call(transport: httpx.AsyncBaseTransport, request: httpx.Request) -> b
         return await response.aread()
     finally:
         await response.aclose()
+
+
+# Past httpx
+
+
+ORIGIN_OF = re.compile(r"(\w+)://([^:]+):(\d+)")
+
+
+async def sent_directly(transport: AiohttpTransport, url: str, **headers: str) -> Reply:
+    scheme, host, port = ORIGIN_OF.findall(url)[0]
+    outgoing = Outgoing("GET", "/a?b=c", {"Host": f"{host}:{port}", **headers}, b"")
+    return await transport.send(Origin(scheme, host, int(port)), outgoing, Attempt("a.b", "r"))
+
+
+async def test_a_call_past_httpx_goes_out_as_one_through_it(transport: AiohttpTransport) -> None:
+    async with serving(keep_answering) as server:
+        reply = await sent_directly(transport, server.url, Accept="a/b")
+        headers = {"Host": server.url.removeprefix("http://"), "Accept": "a/b"}
+        whole = httpx.Request("GET", f"{server.url}/a?b=c", headers=headers)
+        assert await call(transport, whole) == reply.body
+    assert server.requests[0] == server.requests[1]
+    assert server.connections == 1
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+async def test_a_call_past_httpx_gets_a_body_that_comes_late_or_compressed(
+    transport: AiohttpTransport, is_chunked: bool
+) -> None:
+    body = gzip.compress(b"whole")
+    head = b"HTTP/1.1 200 OK\r\nX-Case: Kept\r\nContent-Encoding: gzip\r\n"
+    framed = (b"%x\r\n" % len(body), body, b"\r\n0\r\n\r\n") if is_chunked else (body[:5], body[5:])
+    length = b"Transfer-Encoding: chunked" if is_chunked else b"Content-Length: %d" % len(body)
+    async with serving(answers(head + length + b"\r\n\r\n", *framed)) as server:
+        reply = await sent_directly(transport, server.url)
+    assert (reply.status, reply.body) == (200, b"whole")
+    assert reply.headers["x-case"] == "Kept"
+
+
+async def test_what_no_header_can_carry_is_not_sent_past_httpx_either(
+    transport: AiohttpTransport,
+) -> None:
+    async with serving(keep_answering) as server:
+        for value in ("a\r\nb: c", "a\nb", "a\0", "\u20ac"):
+            with pytest.raises(httpx.LocalProtocolError):
+                await sent_directly(transport, server.url, Accept=value)
+    assert server.requests == []
 
 
 # What goes out
@@ -751,6 +799,7 @@ CHILD = """
 import asyncio, gc, os, ssl, sys
 import httpx
 from user_service_client._aiohttp import AiohttpTransport
+from user_service_client._transport import Attempt, Origin, Outgoing, Reply
 
 url, authority = sys.argv[1:]
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from user_service_client import (
     CacheOptions,
     DeadlineExceeded,
     NotFound,
+    NotSent,
     ServerError,
     User,
     UserServiceClient,
@@ -21,31 +23,7 @@ from user_service_client._cache import Use, Wish
 from user_service_client._calls import CallOptions
 from user_service_client.testing import FakeUserService
 
-from .network import Network, client_of, ids_of
-
-NOBODY = "01a205c7-a743-7a16-a135-c839ba84936e"
-
-
-@pytest.fixture
-def fake() -> FakeUserService:
-    return FakeUserService()
-
-
-@pytest.fixture
-def network(fake: FakeUserService) -> Network:
-    return Network(fake)
-
-
-@pytest.fixture
-async def client(network: Network) -> AsyncIterator[UserServiceClient]:
-    async with client_of(network) as made:
-        yield made
-
-
-@pytest.fixture
-async def live(network: Network) -> AsyncIterator[UserServiceClient]:
-    async with client_of(network, live=True) as made:
-        yield made
+from .network import NOBODY, Network, client_of, ids_of
 
 
 async def critical(client: UserServiceClient, user_id: str) -> User:
@@ -346,6 +324,42 @@ async def test_who_joins_a_batch_gets_nothing_older_than_what_was_heard_of(
     again.release()
     assert await late == changed
     await reader
+
+
+async def test_nothing_goes_on_when_one_of_a_batch_that_is_asked_for_again_fails(
+    network: Network, live: UserServiceClient
+) -> None:
+    """Nobody would wait for it, and nobody would end it."""
+    first, second = network.fake.user(), network.fake.user()
+    batch, before = network.hold("users.get_many"), asyncio.all_tasks()
+    reader = asyncio.create_task(live.users.get_many([first.id, second.id], retries=0))
+    await batch.arrived()
+    for user in (first, second):
+        network.fake.update_preferences(user.id, push=False)
+    await network.fake.clock.advance(0)
+    again = network.hold("users.get")
+    network.fake.fail(status=503, times=1, route="users.get")
+    batch.release()
+    await again.arrived()
+    assert not reader.done()
+    again.release()
+    with pytest.raises(ServerError):
+        await reader
+    assert asyncio.all_tasks() == before
+
+
+async def test_a_reader_whose_client_is_closed_before_anything_was_asked_is_told_so(
+    network: Network,
+) -> None:
+    """A task that is cancelled before its first step never comes to what it does at its end."""
+    user = network.fake.user()
+    async with client_of(network) as client:
+        reader = asyncio.create_task(client.users.get(user.id))
+        await asyncio.sleep(0)  # the request has a task, which has not begun
+        assert network.requests == {}
+    with pytest.raises(NotSent):
+        await reader
+    assert network.requests == {}
 
 
 async def test_who_comes_in_the_turn_in_which_a_flight_ends_gets_nothing_older_than_heard_of(
@@ -784,3 +798,26 @@ async def test_an_epoch_that_was_taken_for_past_is_believed_when_it_goes_on(
     await client.users.get(user.id)
     assert client.users.peek(user.id) is not None
     assert client._documents.epoch == network.fake._directory.feed.epoch
+
+
+async def test_what_is_remembered_of_an_unknown_id_says_that_nobody_was_asked(
+    network: Network, client: UserServiceClient
+) -> None:
+    for attempts in (1, 0, 0):  # the first has asked
+        with pytest.raises(NotFound) as unknown:
+            await client.users.get(NOBODY)
+        assert (unknown.value.attempts, unknown.value.code) == (attempts, "user_not_found")
+        assert bool(unknown.value.request_id) == bool(attempts)
+    await network.fake.clock.advance(6)
+    with pytest.raises(NotFound) as unknown:
+        await client.users.get(NOBODY)
+    assert unknown.value.attempts == 1
+    assert network.requests == {"users.get": 2}
+
+
+@pytest.mark.parametrize("name", ["max_documents", "max_bytes", "fresh_for", "max_stale"])
+@pytest.mark.parametrize("number", [-1, float("nan")])
+def test_a_number_below_0_is_no_option(name: str, number: Any) -> None:
+    with pytest.raises(ValueError, match="CacheOptions"):
+        CacheOptions(**{name: number})
+    CacheOptions(**{name: 0})

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from hypothesis.stateful import run_state_machine_as_test as run_machine
 from user_service_client import NotFound, User, UserServiceClient, UserServiceError
-from user_service_client._cache import CachedUser, Use, Wish
+from user_service_client._cache import CachedUser, Nobody, Use, Wish
 from user_service_client._calls import CallOptions
 from user_service_client.testing import VirtualClock
 
@@ -332,8 +332,8 @@ class ClientMachine(RuleBasedStateMachine):
         await self.clock.advance(0)
 
 
-def _user(copy: CachedUser | None) -> User | None:
-    return None if copy is None else copy.user
+def _user(copy: CachedUser | Nobody) -> User | None:
+    return None if isinstance(copy, Nobody) else copy.user
 
 
 class LiveMachine(ClientMachine):

@@ -24,6 +24,7 @@ from user_service_client import (
     UserServiceError,
     deadline_scope,
 )
+from user_service_client.testing import FakeUserService
 
 from tests.client.conftest import USER, USER_ID, envelope
 from tests.client.test_transport import ANSWER, serving
@@ -332,6 +333,47 @@ async def test_a_call_in_a_scope_that_is_over_is_not_sent(told: list[AttemptEven
                 assert "within -" not in str(error)
                 assert (error.maybe_processed, error.attempts) == (False, 0)
     assert told == []
+
+
+# By a clock that a test moves
+
+
+async def test_a_scope_runs_by_the_clock_of_the_client(fake: FakeUserService) -> None:
+    ids = [fake.user().id for _ in range(3)]
+    async with UserServiceClient("http://h", transport=fake, clock=fake.clock) as client:
+        with deadline_scope(5):
+            await client.users.get(ids[0])
+            await fake.clock.advance(4.9)
+            await client.users.get(ids[1])
+            await fake.clock.advance(0.2)
+            with pytest.raises(DeadlineExceeded):
+                await client.users.get(ids[2])
+        await client.users.get(ids[2])
+
+
+async def test_nested_scopes_run_by_the_clock_of_the_client(fake: FakeUserService) -> None:
+    user = fake.user()
+    async with UserServiceClient("http://h", transport=fake, clock=fake.clock) as client:
+        with deadline_scope(5), deadline_scope(50):
+            await client.users.get(user.id)
+            await fake.clock.advance(5)
+            with pytest.raises(DeadlineExceeded):
+                await client.preferences.get(user.id)
+
+
+async def test_in_one_scope_each_client_has_its_own_clock(fake: FakeUserService) -> None:
+    user = fake.user()
+    ahead = FakeUserService()
+    async with (
+        UserServiceClient("http://h", transport=fake) as real,
+        UserServiceClient("http://h", transport=fake, clock=ahead.clock) as moved,
+    ):
+        with deadline_scope(60):
+            await moved.preferences.get(user.id)
+            await ahead.clock.advance(60)
+            with pytest.raises(DeadlineExceeded):
+                await moved.preferences.get(user.id)
+            await real.preferences.get(user.id)
 
 
 # Others that make a call wait

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from user_service_client import (
     Decision,
+    DecodeError,
     Invalid,
     NotSent,
     PushFeedback,
@@ -25,33 +26,11 @@ from user_service_client import (
 from user_service_client.testing import FakeUserService
 from user_service_schemas import Catalogue, Priority, decide
 
-from .network import Network, client_of, ids_of
+from .conftest import envelope
+from .network import NOBODY, Network, client_of, ids_of
 
-NOBODY = "01a205c7-a743-7a16-a135-c839ba84936e"
 FRESH, STALE = 30, 300
 """Seconds of client.md's table."""
-
-
-@pytest.fixture
-def fake() -> FakeUserService:
-    return FakeUserService()
-
-
-@pytest.fixture
-def network(fake: FakeUserService) -> Network:
-    return Network(fake)
-
-
-@pytest.fixture
-async def client(network: Network) -> AsyncIterator[UserServiceClient]:
-    async with client_of(network) as made:
-        yield made
-
-
-@pytest.fixture
-async def live(network: Network) -> AsyncIterator[UserServiceClient]:
-    async with client_of(network, live=True) as made:
-        yield made
 
 
 @pytest.fixture
@@ -349,6 +328,120 @@ async def test_what_cannot_be_decided_here_is_not_decided_out_of_reach(
             await may_push(client, ada)
 
 
+class Lagging(Foreign):
+    """A service of other rules, of which one server decides on what was before.
+
+    Attributes:
+        past: Documents of before.
+        times: How many decisions that server makes.
+    """
+
+    def __init__(self, fake: FakeUserService) -> None:
+        super().__init__(fake, b'"rules":1', b'"rules":2')
+        self.past: dict[str, User | None] = {}
+        self.times = 0
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        answer = await super().handle_async_request(request)
+        if "/deliveries" not in request.url.path or not self.times:
+            return answer
+        self.times -= 1
+        ids = msgspec.json.decode(request.content)["user_ids"]
+        decisions = [
+            decide(self.past[user_id], "push", self.fake.clock.now(), user_id=user_id)
+            for user_id in reversed(ids)
+            if user_id in self.past
+        ]
+        return httpx.Response(200, content=envelope(decisions))
+
+
+@pytest.fixture
+def lagging(fake: FakeUserService, ada: User) -> Lagging:
+    """A server that has not heard yet that Ada wants no pushes any more."""
+    made = Lagging(fake)
+    made.past[ada.id] = ada
+    fake.update_preferences(ada.id, push=False)
+    return made
+
+
+async def test_what_is_decided_on_an_older_version_is_asked_again(
+    fake: FakeUserService, lagging: Lagging, ada: User
+) -> None:
+    """Here the newer version is held; only who was decided on too early is asked for again."""
+    bob = fake.user()
+    lagging.past[bob.id] = bob
+    lagging.times = 2
+    async with client_of(lagging) as client:
+        began = fake.clock.monotonic()
+        decisions = await client.deliveries.resolve([ada.id, bob.id], channel="push")
+        assert [one.reason for one in decisions] == ["channel_opted_out", "no_active_device"]
+        assert [one.user_id for one in decisions] == [ada.id, bob.id]
+        assert lagging.requests == {"users.get_many": 1, "deliveries.resolve": 3}
+        body = fake.requests[-1].body
+        assert isinstance(body, dict)
+        assert body["user_ids"] == [ada.id]
+        assert fake.clock.monotonic() - began == pytest.approx(0.15)
+
+
+async def test_what_is_heard_of_while_the_service_decides_is_asked_again(
+    fake: FakeUserService, ada: User
+) -> None:
+    network = Lagging(fake)
+    async with client_of(network, live=True) as client:
+        held = network.hold("deliveries.resolve")
+        asking = asyncio.create_task(may_push(client, ada))
+        await held.arrived()
+        fake.update_preferences(ada.id, push=False)
+        await fake.clock.advance(0)
+        held.release()
+        assert await asking == "channel_opted_out"
+
+
+async def test_a_service_that_lags_for_long_decides_nothing(lagging: Lagging, ada: User) -> None:
+    lagging.times = 3
+    async with client_of(lagging) as client:
+        with pytest.raises(DecodeError, match="outdated"):
+            await may_push(client, ada)
+        assert lagging.requests == {"users.get": 1, "deliveries.resolve": 3}
+        assert await may_push(client, ada) == "channel_opted_out"
+        assert lagging.requests["users.get"] == 2, "the copy may be of an epoch that has ended"
+
+
+async def test_who_is_gone_meanwhile_is_decided_on(
+    fake: FakeUserService, lagging: Lagging, ada: User
+) -> None:
+    async with client_of(lagging) as client:
+        await client.users.get(ada.id)
+        fake.delete_user(ada.id)
+        assert await may_push(client, ada) == "user_not_found"
+
+
+async def test_whom_the_service_leaves_out_nothing_is_decided_of(
+    lagging: Lagging, ada: User
+) -> None:
+    lagging.past.clear()
+    lagging.times = 3
+    async with client_of(lagging) as client:
+        with pytest.raises(DecodeError):
+            await may_push(client, ada)
+
+
+async def test_versions_of_another_epoch_are_no_floor(fake: FakeUserService, ada: User) -> None:
+    """After a restore of the service's database, versions are lower than before."""
+    network = Lagging(fake)
+    network.past[ada.id] = msgspec.structs.replace(ada, version=ada.version - 1)
+    network.times = 1
+    async with client_of(network, live=True) as client:
+        held = network.hold("deliveries.resolve")
+        asking = asyncio.create_task(may_push(client, ada))
+        await held.arrived()
+        fake.renew_epoch()
+        await fake.clock.advance(1)
+        held.release()
+        assert await asking == "allowed"
+        assert network.requests["deliveries.resolve"] == 1
+
+
 async def test_a_call_has_one_deadline_for_reading_and_asking(
     fake: FakeUserService, ada: User
 ) -> None:
@@ -437,6 +530,22 @@ async def test_2500_reports_are_3_requests_with_keys_of_their_own(
     assert network.sent("Idempotency-Key") == keys * 2
     assert fake.feedback == items, "once"
     assert fake.document(ada.id).version == 3
+
+
+@pytest.mark.parametrize("length", [252, 253, 254, 255])
+async def test_keys_of_further_requests_are_no_longer_than_a_key_may_be(
+    fake: FakeUserService, network: Network, client: UserServiceClient, length: int
+) -> None:
+    item = PushFeedback(token="t", reason="unregistered", at=fake.clock.now())
+    key, other = "k" * length, "k" * (length - 1) + "l"
+    for used in (key, key, other):
+        await client.feedback.report([item] * 2500, idempotency_key=used)
+    sent = network.sent("Idempotency-Key")
+    assert sent[0] == key
+    assert all(len(one or "") <= 255 for one in sent)
+    assert sent[:3] == sent[3:6], "a repeat has the same"
+    assert len(set(sent)) == 6, "each request has its own"
+    assert len(fake.feedback) == 5000
 
 
 async def test_reports_without_a_key_are_writes_of_their_own(

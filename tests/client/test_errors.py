@@ -30,6 +30,7 @@ from user_service_client import (
     UserServiceError,
     VersionMismatch,
 )
+from user_service_client.testing import FakeUserService
 
 from tests.client.conftest import ETAG, USER, USER_ID, Service, envelope
 
@@ -53,11 +54,11 @@ CLASSES = {
 
 @pytest.mark.parametrize(("status", "error_class"), CLASSES.items(), ids=map(str, CLASSES))
 async def test_each_status_has_its_class(
-    client: UserServiceClient, service: Service, status: int, error_class: type[ApiError]
+    scripted: UserServiceClient, service: Service, status: int, error_class: type[ApiError]
 ) -> None:
     service.refuses(status, "some_code", headers={"Retry-After": "7", "ETag": ETAG})
     with pytest.raises(ApiError) as caught:
-        await client.users.get(USER_ID)
+        await scripted.users.get(USER_ID)
     error = caught.value
     assert type(error) is error_class
     assert (error.status, error.code, error.request_id) == (status, "some_code", "req-1")
@@ -66,7 +67,7 @@ async def test_each_status_has_its_class(
 
 
 async def test_every_bad_field_is_named_but_not_quoted(
-    client: UserServiceClient, service: Service
+    scripted: UserServiceClient, service: Service
 ) -> None:
     details = [
         {"field": "email", "message": "john@example.com is no address"},
@@ -74,33 +75,33 @@ async def test_every_bad_field_is_named_but_not_quoted(
     ]
     service.refuses(422, "validation_failed", details=details)
     with pytest.raises(Invalid) as caught:
-        await client.users.create(name="", email="john@example.com", password="geheim-geheim")
+        await scripted.users.create(name="", email="john@example.com", password="geheim-geheim")
     assert [detail.field for detail in caught.value.details] == [d["field"] for d in details]
     assert str(caught.value) == "users.create: 422 validation_failed: email (request id req-1)"
 
 
 @pytest.mark.parametrize("body", [b"<html>john@example.com</html>", b"", b"\xff", b"[1]"])
 async def test_an_answer_of_a_proxy_is_known_by_its_status(
-    client: UserServiceClient, service: Service, body: bytes
+    scripted: UserServiceClient, service: Service, body: bytes
 ) -> None:
     service.replies(502, body, {"X-Request-ID": "edge-1"})
     with pytest.raises(ServerError) as caught:
-        await client.users.get(USER_ID)
+        await scripted.users.get(USER_ID)
     assert (caught.value.code, caught.value.request_id) == (None, "edge-1")
     assert str(caught.value) == "users.get: 502 (request id edge-1)"
 
 
 async def test_what_a_proxy_writes_into_code_and_id_is_not_printed(
-    client: UserServiceClient, service: Service
+    scripted: UserServiceClient, service: Service
 ) -> None:
     headers = {"X-Request-ID": "mine"}
     service.refuses(400, "user john@example.com unknown")
     with pytest.raises(BadRequest) as caught:
-        await client.users.get(USER_ID, headers=headers)
+        await scripted.users.get(USER_ID, headers=headers)
     assert (caught.value.code, "john" in str(caught.value)) == (None, False)
     service.replies(500, b"", {"X-Request-ID": "john@example.com"})
     with pytest.raises(ServerError) as failed:
-        await client.users.get(USER_ID, headers=headers)
+        await scripted.users.get(USER_ID, headers=headers)
     assert failed.value.request_id == "mine"
 
 
@@ -117,11 +118,11 @@ async def test_what_a_proxy_writes_into_code_and_id_is_not_printed(
     ids=["html", "empty", "null", "wrong-type", "not-utf8", "deep"],
 )
 async def test_a_success_that_cannot_be_read_is_a_decode_error(
-    client: UserServiceClient, service: Service, body: bytes
+    scripted: UserServiceClient, service: Service, body: bytes
 ) -> None:
     service.replies(200, body)
     with pytest.raises(DecodeError) as caught:
-        await client.users.get(USER_ID)
+        await scripted.users.get(USER_ID)
     assert (caught.value.status, caught.value.code) == (200, None)
     assert "john" not in f"{caught.value} {caught.value!r}"
 
@@ -136,22 +137,39 @@ def retry_at(seconds: float) -> str:
     ids=["seconds", "date", "past"],
 )
 async def test_retry_after_is_seconds(
-    client: UserServiceClient, service: Service, value: str, low: float, high: float
+    scripted: UserServiceClient, service: Service, value: str, low: float, high: float
 ) -> None:
     service.refuses(429, "rate_limited", headers={"Retry-After": value})
     with pytest.raises(RateLimited) as caught:
-        await client.users.get(USER_ID)
+        await scripted.users.get(USER_ID)
     assert caught.value.retry_after is not None
     assert low <= caught.value.retry_after <= high
 
 
+async def test_a_date_to_retry_after_is_one_of_the_clients_clock(fake: FakeUserService) -> None:
+    """As all waiting: else a test of what a date does would wait until that year."""
+    at = fake.clock.now() + timedelta(seconds=90)
+    fake.fail(status=429, times=None, retry_after=at)
+    async with UserServiceClient("http://h", transport=fake, clock=fake.clock) as client:
+        with pytest.raises(RateLimited) as caught:
+            await client.users.get(USER_ID)
+        assert caught.value.retry_after == 90
+        await fake.clock.advance(30)
+        with pytest.raises(RateLimited) as caught:
+            await client.users.get(USER_ID)
+        assert caught.value.retry_after == 60
+        with pytest.raises(ApiError) as refused:
+            await client.health()
+        assert refused.value.retry_after == 60
+
+
 @pytest.mark.parametrize("value", ["", "soon", "-1", "nan", "1.5"])
 async def test_retry_after_that_says_nothing_is_none(
-    client: UserServiceClient, service: Service, value: str
+    scripted: UserServiceClient, service: Service, value: str
 ) -> None:
     service.refuses(503, "overloaded", headers={"Retry-After": value})
     with pytest.raises(ServerError) as caught:
-        await client.users.get(USER_ID)
+        await scripted.users.get(USER_ID)
     assert caught.value.retry_after is None
 
 
@@ -232,12 +250,12 @@ def test_errors_can_be_pickled(error_class: type[UserServiceError]) -> None:
 
 
 async def test_an_error_with_all_it_carries_survives_a_task_queue(
-    client: UserServiceClient, service: Service
+    scripted: UserServiceClient, service: Service
 ) -> None:
     details = [{"field": "name", "message": "Too long."}]
     service.refuses(412, "version_mismatch", details=details, headers={"ETag": ETAG})
     with pytest.raises(VersionMismatch) as caught:
-        await client.users.update(USER_ID, name="x", if_version='"e.f.2"')
+        await scripted.users.update(USER_ID, name="x", if_version='"e.f.2"')
     twin = pickle.loads(pickle.dumps(caught.value))  # noqa: S301
     assert vars(twin) == vars(caught.value)
     assert twin.etag == ETAG

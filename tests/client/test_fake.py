@@ -9,9 +9,10 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Literal, NoReturn
 from uuid import uuid4
 
 import httpx
@@ -34,17 +35,13 @@ from user_service_client import (
 )
 from user_service_client.hooks import StreamState
 from user_service_client.testing import Categories, FakeUserService, Route, VirtualClock
+from user_service_client.testing._fake import PASSWORD
 from user_service_schemas import Catalogue, RegisterDevice
 
 from ..system.subscribers import Event, EventParser
 
 STREAM = "/api/v1/changes/stream"
 FCM_ERROR = "type.googleapis.com/google.firebase.fcm.v1.FcmError"
-
-
-@pytest.fixture
-def fake() -> FakeUserService:
-    return FakeUserService()
 
 
 @pytest.fixture
@@ -794,3 +791,74 @@ def test_the_plugin_is_declared() -> None:
     project = Path(__file__).parents[2] / "packages/user_service_client/pyproject.toml"
     points = tomllib.loads(project.read_text())["project"]["entry-points"]
     assert points["pytest11"] == {"user_service_client_pytest": "user_service_client_pytest"}
+
+
+# Many users, and what the service stands on
+
+
+class _Accounts(dict[str, object]):
+    """Accounts through which nobody may look for one."""
+
+    def __iter__(self) -> NoReturn:
+        raise AssertionError("all users were looked through")
+
+    values = items = keys = __iter__
+
+
+async def test_no_user_is_looked_for_among_all(
+    fake: FakeUserService, client: UserServiceClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a test that loads 50,000 users waits for minutes."""
+    monkeypatch.setattr(fake._directory, "_accounts", _Accounts())
+    ada = fake.user(email="Ada@example.com", external_id="a", devices=[("token", "ios")])
+    bob = fake.user(phone="+48221234567")
+    assert await client.users.lookup(email="ada@example.com") == (ada,)
+    assert await client.users.lookup(external_id="a") == (ada,)
+    assert await client.users.lookup(phone="+48221234567") == (bob,)
+    with pytest.raises(Conflict):
+        await client.users.create(name="A", email="ada@EXAMPLE.com", password=PASSWORD)
+    assert (await client.credentials.verify("ada@example.com", PASSWORD)) == ada.id
+    fake.register_device(bob.id, "token")
+    assert fake.document(ada.id).devices == ()
+    item = PushFeedback(token="token", reason="unregistered", at=fake.clock.now())
+    assert fake.report(item)[0].result == "applied"
+    fake.suppress("ada@example.com")
+    assert not fake.document(ada.id).email_deliverable
+
+
+async def test_what_a_user_had_can_be_somebody_elses(fake: FakeUserService) -> None:
+    ada = fake.user(email="ada@example.com", external_id="a", devices=[("token", "ios")])
+    fake.update_user(ada.id, email="ann@example.com", external_id=None)
+    bob = fake.user(email="ada@example.com", external_id="a")
+    fake.update_user(ada.id, email="ann@example.com")
+    fake.delete_user(bob.id)
+    fake.delete_user(ada.id)
+    eve = fake.user(email="ada@example.com", external_id="a", devices=[("token", "ios")])
+    assert [device.token for device in eve.devices] == ["token"]
+    item = PushFeedback(token="token", reason="unregistered", at=fake.clock.now())
+    fake.delete_user(eve.id)
+    assert fake.report(item)[0].result == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("lost", "status"),
+    [
+        (("redis",), "degraded"),
+        (("postgres",), "unhealthy"),
+        (("postgres", "redis"), "unhealthy"),
+    ],
+)
+async def test_health_says_what_was_lost(
+    fake: FakeUserService,
+    client: UserServiceClient,
+    lost: Sequence[Literal["postgres", "redis"]],
+    status: str,
+) -> None:
+    fake.lose(*lost)
+    health = await client.health()
+    assert health.status == status
+    assert fake.requests[-1].status == (503 if status == "unhealthy" else 200)
+    down = {name for name, one in health.dependencies.items() if one.status == "down"}
+    assert down == set(lost)
+    fake.lose()
+    assert (await client.health()).status == "healthy"

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncGenerator
+from datetime import timedelta
+from types import AsyncGeneratorType
 
 import pytest
-from user_service_client import Hooks, StreamEvent, StreamState, UserServiceClient
-from user_service_client.testing import FakeUserService
+from user_service_client import Hooks, StreamEvent, StreamState, UserServiceClient, _stream
+from user_service_schemas import Heartbeat
 
 from .network import Network, client_of
-
-
-@pytest.fixture
-def network() -> Network:
-    return Network(FakeUserService())
-
-
-@pytest.fixture
-async def live(network: Network) -> AsyncIterator[UserServiceClient]:
-    async with client_of(network, live=True) as made:
-        yield made
 
 
 def stream_of(client: UserServiceClient) -> StreamState:
@@ -207,6 +200,39 @@ async def test_what_a_server_that_lags_says_when_the_stream_begins_is_not_covere
         assert await client.users.get(user.id) == changed
 
 
+async def test_what_a_late_heartbeat_says_is_as_old_as_the_heartbeat(
+    network: Network, live: UserServiceClient
+) -> None:
+    """The event loop stood still, and heartbeats lay in the socket: the last is of 12:00:30."""
+    clock, feed = network.fake.clock, network.fake._directory.feed
+    await clock.sleep(40)
+    feed._streams.clear()  # half-open: no further one comes
+    await clock.advance(0)
+    assert clock.monotonic() == 42
+    assert is_complete(live)
+    await clock.advance(30 + 30 - 42 - 0.1)
+    assert is_complete(live)
+    await clock.advance(0.2)
+    assert stream_of(live) is StreamState.LIVE
+    assert not is_complete(live)
+
+
+async def test_a_server_whose_clock_is_behind_anothers_is_not_late(
+    network: Network, live: UserServiceClient
+) -> None:
+    """How late heartbeats are is measured within a connection: the next leads to another server."""
+    feed = network.fake._directory.feed
+
+    def an_hour_behind() -> Heartbeat:
+        now = network.fake.clock.now() - timedelta(hours=1)
+        return Heartbeat(through=now, now=now)
+
+    feed._completeness = an_hour_behind  # type: ignore[method-assign]
+    network.fake.break_streams()
+    await network.fake.clock.advance(60)
+    assert is_complete(live)
+
+
 async def test_silence_is_taken_for_the_end(network: Network, live: UserServiceClient) -> None:
     """A connection over which nothing comes, not even heartbeats: `SILENCE` is 45 s."""
     user = await live.users.get(network.fake.user().id)
@@ -236,6 +262,32 @@ async def test_a_change_that_cannot_be_read_marks_all_copies_and_is_passed_over(
     network.fake.requests.clear()
     assert await live.users.get(user.id) == user
     assert [request.operation for request in network.fake.requests] == ["users.get"]
+
+
+async def test_what_reads_a_stream_is_closed_with_it(network: Network) -> None:
+    """Left to be collected, a connection would stay open for as long as an error is looked at."""
+    left: list[str] = []
+
+    def collected(generator: AsyncGenerator[object]) -> None:
+        assert isinstance(generator, AsyncGeneratorType)
+        code = generator.ag_code
+        if code.co_filename == _stream.__file__:  # httpx has some of its own
+            left.append(code.co_name)
+
+    hooks = sys.get_asyncgen_hooks()
+    sys.set_asyncgen_hooks(finalizer=collected)
+    try:
+        async with client_of(network, live=True):
+            (stream,) = network.fake._directory.feed._streams
+            stream.put(b"event: heartbeat\ndata: {}\n\n")
+            await network.fake.clock.advance(0)
+            assert network.fake.open_streams == 0
+            await network.fake.clock.advance(1)
+            assert network.fake.open_streams == 1
+        gc.collect()
+    finally:
+        sys.set_asyncgen_hooks(*hooks)
+    assert left == []
 
 
 async def test_reconnects_are_further_and_further_apart(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import ssl
 import subprocess
 import sys
 import threading
@@ -14,7 +15,15 @@ from pathlib import Path
 
 import httpx
 import pytest
-from user_service_client import Hooks, RetryEvent, User, UserServiceClient, UserServiceError
+from user_service_client import (
+    Hooks,
+    NotSent,
+    RetryEvent,
+    User,
+    UserServiceClient,
+    UserServiceError,
+)
+from user_service_client._aiohttp import tls_context
 
 from tests.client.conftest import ETAG, USER, envelope
 from tests.client.forking import PROGRAMS
@@ -396,3 +405,30 @@ async def test_a_caller_that_is_cancelled_while_it_closes_leaves_no_connection(
     await client.aclose()
     await closed(threaded)
     assert tasks_of_clients() == 0
+
+
+async def test_the_context_of_tls_is_made_with_the_first_client(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It takes 25 ms, which no call and no loop of a task has to wait for."""
+    made: list[bool] = []
+
+    def make(*, verify: bool) -> ssl.SSLContext:
+        made.append(verify)
+        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+    monkeypatch.setattr(httpx, "create_ssl_context", make)
+    tls_context.cache_clear()
+    try:
+        UserServiceClient("http://127.0.0.1:1")
+        assert made == []
+        client = UserServiceClient("HTTPS://127.0.0.1:1", retries=0)
+        assert made == [True]
+        for _ in range(2):
+            with pytest.raises(NotSent):
+                await client.users.get("ada")
+            await client.aclose()
+        UserServiceClient("https://127.0.0.1:1")
+        assert made == [True]
+    finally:
+        tls_context.cache_clear()

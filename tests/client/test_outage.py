@@ -6,35 +6,16 @@ On a virtual clock; the service takes no connections, and comes back.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import pytest
-from user_service_client import CacheOptions, User, UserServiceClient, UserServiceError
+from user_service_client import CacheOptions, User, UserServiceClient, UserServiceError, _cache
 from user_service_client._cache import Use, Wish
 from user_service_client._calls import CallOptions
 from user_service_client.testing import FakeUserService
 
-from .network import Network, client_of, ids_of
+from .network import NOBODY, Network, client_of, ids_of
 
 USERS = 5_000
-NOBODY = "01a205c7-a743-7a16-a135-c839ba84936e"
-
-
-@pytest.fixture
-def network() -> Network:
-    return Network(FakeUserService())
-
-
-@pytest.fixture
-async def client(network: Network) -> AsyncIterator[UserServiceClient]:
-    async with client_of(network) as made:
-        yield made
-
-
-@pytest.fixture
-async def live(network: Network) -> AsyncIterator[UserServiceClient]:
-    async with client_of(network, live=True) as made:
-        yield made
 
 
 async def read(
@@ -181,10 +162,26 @@ async def test_an_unknown_id_is_not_made_up_from_nothing(
 
 
 def a_crowd(network: Network, count: int) -> list[User]:
-    """Register users, of whom nobody looks whether their names are taken."""
-    directory = network.fake._directory
-    directory._refuse_taken = lambda *_: None  # type: ignore[method-assign]
     return [network.fake.user() for _ in range(count)]
+
+
+@pytest.mark.parametrize("bound", ["REFRESHES_AT_ONCE", "REFRESHES_A_SECOND"])
+async def test_a_large_batch_of_old_copies_is_revalidated_as_far_as_there_is_room(
+    network: Network, client: UserServiceClient, monkeypatch: pytest.MonkeyPatch, bound: str
+) -> None:
+    """What a service is spared counts in requests, and `get_many` makes several at once."""
+    ids = ids_of(a_crowd(network, 3500))
+    await client.users.get_many(ids)
+    await network.fake.clock.advance(60)
+    network.fake.requests.clear()
+    monkeypatch.setattr(_cache, bound, 3)
+    await client.users.get_many(ids)
+    await network.fake.clock.advance(0)
+    assert network.requests == {"users.get_many": 3}
+    await network.fake.clock.advance(1)
+    await client.users.get_many(ids)
+    await network.fake.clock.advance(0)
+    assert network.requests == {"users.get_many": 4}
 
 
 @pytest.mark.parametrize("is_live", [False, True])

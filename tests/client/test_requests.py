@@ -118,10 +118,10 @@ U = f"/api/v1/users/{USER_ID}"
     ],
 )
 async def test_methods_send_what_was_said_and_nothing_else(
-    *, client: UserServiceClient, service: Service, make: Make, data: object, sent: str, body: Any
+    *, scripted: UserServiceClient, service: Service, make: Make, data: object, sent: str, body: Any
 ) -> None:
     service.answers(data)
-    await make(client)
+    await make(scripted)
     assert f"{service.sent.method} {service.sent.url.raw_path.decode()}" == sent
     if body is None:
         assert service.sent.content == b""
@@ -132,10 +132,10 @@ async def test_methods_send_what_was_said_and_nothing_else(
 
 
 async def test_create_sends_the_preferences_that_were_named(
-    client: UserServiceClient, service: Service
+    scripted: UserServiceClient, service: Service
 ) -> None:
     service.answers(USER, status=201)
-    user = await client.users.create(
+    user = await scripted.users.create(
         name="John Doe",
         email="john@example.com",
         password="correct horse",
@@ -155,52 +155,54 @@ async def test_create_sends_the_preferences_that_were_named(
 
 
 async def test_the_etag_of_a_read_makes_a_write_conditional(
-    client: UserServiceClient, service: Service
+    scripted: UserServiceClient, service: Service
 ) -> None:
     service.answers(USER)
-    user, etag = await client.users.get_with_etag(USER_ID)
+    user, etag = await scripted.users.get_with_etag(USER_ID)
     assert (user.id, etag) == (USER_ID, ETAG)
     assert "If-Match" not in service.sent.headers
     service.answers(USER)
-    await client.users.update(USER_ID, name="Ann", if_version=etag)
+    await scripted.users.update(USER_ID, name="Ann", if_version=etag)
     assert service.sent.headers["If-Match"] == ETAG
     service.answers(USER["preferences"])
-    _, etag = await client.preferences.get_with_etag(UUID(USER_ID))
+    _, etag = await scripted.preferences.get_with_etag(UUID(USER_ID))
     assert etag == ETAG
 
 
 async def test_only_those_who_ask_for_an_etag_need_one(
-    client: UserServiceClient, service: Service
+    scripted: UserServiceClient, service: Service
 ) -> None:
     service.replies(200, envelope(USER))
-    await client.users.get(USER_ID)
+    await scripted.users.get(USER_ID)
     service.replies(200, envelope(USER))
     with pytest.raises(DecodeError, match="no ETag"):
-        await client.users.get_with_etag(USER_ID)
+        await scripted.users.get_with_etag(USER_ID)
 
 
 async def test_get_many_splits_and_keeps_the_order(
-    client: UserServiceClient, service: Service
+    scripted: UserServiceClient, service: Service
 ) -> None:
     ids = [str(UUID(int=i)) for i in range(1001)]
     service.answers({"users": [{**USER, "id": ids[0]}], "missing": ids[1:1000]})
     service.answers({"users": [{**USER, "id": ids[1000], "name": "Last"}], "missing": []})
-    batch = await client.users.get_many([*ids, ids[0].upper(), UUID(int=5)])
+    batch = await scripted.users.get_many([*ids, ids[0].upper(), UUID(int=5)])
     assert [user.name for user in batch.users] == ["John Doe", "Last"]
     assert batch.missing == tuple(ids[1:1000])
     assert service.sent_body == {"ids": [ids[1000]]}
     assert len(service.requests) == 2
 
 
-async def test_get_many_of_nobody_calls_nobody(client: UserServiceClient, service: Service) -> None:
-    batch = await client.users.get_many([])
+async def test_get_many_of_nobody_calls_nobody(
+    scripted: UserServiceClient, service: Service
+) -> None:
+    batch = await scripted.users.get_many([])
     assert (batch.users, batch.missing, service.requests) == ((), (), [])
 
 
-async def test_listings_follow_the_cursor(client: UserServiceClient, service: Service) -> None:
+async def test_listings_follow_the_cursor(scripted: UserServiceClient, service: Service) -> None:
     service.answers({"items": [USER, USER], "next_cursor": "a+b/c="})
     service.answers({"items": [USER], "next_cursor": None})
-    assert len([user async for user in client.users.list(page_size=2)]) == 3
+    assert len([user async for user in scripted.users.list(page_size=2)]) == 3
     assert [dict(request.url.params) for request in service.requests] == [
         {"limit": "2"},
         {"limit": "2", "cursor": "a+b/c="},
@@ -214,22 +216,22 @@ async def test_listings_follow_the_cursor(client: UserServiceClient, service: Se
         "changes": [{"field": "push", "before": True, "after": False}],
     }
     service.answers({"items": [revision], "next_cursor": None})
-    (seen,) = [entry async for entry in client.preferences.history(USER_ID)]
+    (seen,) = [entry async for entry in scripted.preferences.history(USER_ID)]
     assert seen.changes[0].before is True
     assert service.sent.url.path == f"{U}/preferences/history"
 
 
 async def test_ids_cannot_leave_their_place_in_the_path(
-    client: UserServiceClient, service: Service
+    scripted: UserServiceClient, service: Service
 ) -> None:
     service.answers(USER)
-    await client.users.get("a/../b?c#d e")
+    await scripted.users.get("a/../b?c#d e")
     assert service.sent.url.raw_path == b"/api/v1/users/a%2F..%2Fb%3Fc%23d%20e"
     for id_ in ("", ".", ".."):
         with pytest.raises(ValueError, match="an id is expected"):
-            await client.users.delete(id_)
+            await scripted.users.delete(id_)
         with pytest.raises(ValueError, match="an id is expected"):
-            await client.devices.remove(USER_ID, id_)
+            await scripted.devices.remove(USER_ID, id_)
     assert len(service.requests) == 1
 
 
@@ -239,11 +241,11 @@ async def test_lookup_needs_exactly_one_criterion(client: UserServiceClient) -> 
 
 
 async def test_fields_and_enum_values_of_a_newer_server_are_accepted(
-    client: UserServiceClient, service: Service
+    scripted: UserServiceClient, service: Service
 ) -> None:
     device = {**DEVICE, "platform": "watch", "colour": "red"}
     service.answers({**USER, "devices": [device], "nickname": "J", "rules": 9})
-    user = await client.users.get(USER_ID)
+    user = await scripted.users.get(USER_ID)
     assert (user.devices[0].platform, user.rules) == ("watch", 9)
 
 
@@ -259,19 +261,19 @@ HEALTH = {
 
 @pytest.mark.parametrize("status", [200, 503])
 async def test_health_is_told_also_when_it_is_bad(
-    client: UserServiceClient, service: Service, status: int
+    scripted: UserServiceClient, service: Service, status: int
 ) -> None:
     service.answers(HEALTH, status=status)
-    health = await client.health()
+    health = await scripted.health()
     assert health.status == "unhealthy"
     assert health.dependencies["redis"].latency_ms == 1.5
     assert service.sent.url.path == "/health"
 
 
-async def test_health_of_a_proxy_is_an_error(client: UserServiceClient, service: Service) -> None:
+async def test_health_of_a_proxy_is_an_error(scripted: UserServiceClient, service: Service) -> None:
     service.replies(503, b"<html>down</html>")
     with pytest.raises(ServerError):
-        await client.health()
+        await scripted.health()
 
 
 async def test_keys_may_come_from_functions(service: Service) -> None:
@@ -303,13 +305,20 @@ async def test_a_key_that_no_header_can_carry_is_refused_unseen(key: str) -> Non
 
 
 async def test_headers_of_a_call_override_and_its_id_is_sent(
-    client: UserServiceClient, service: Service
+    scripted: UserServiceClient, service: Service
 ) -> None:
     service.answers(USER)
-    await client.users.get(USER_ID, headers={"x-request-id": "mine", "X-Min-Version": "3"})
+    await scripted.users.get(USER_ID, headers={"x-request-id": "mine", "X-Min-Version": "3"})
     assert service.sent.headers["X-Request-ID"] == "mine"
     assert service.sent.headers["X-Min-Version"] == "3"
     assert service.sent.headers["User-Agent"].startswith("user-service-client/")
+
+
+@pytest.mark.parametrize("name", ["timeout", "attempt_timeout", "retries"])
+@pytest.mark.parametrize("number", [-1, float("nan")])
+def test_a_number_that_bounds_nothing_is_refused(name: str, number: Any) -> None:
+    with pytest.raises(ValueError, match="timeouts"):
+        UserServiceClient("http://h", **{name: number})
 
 
 @pytest.mark.parametrize("url", ["users:3001", "ftp://h", "http://", "http://k@h", "http://h?a=1"])

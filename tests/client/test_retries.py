@@ -6,7 +6,7 @@ import asyncio
 import pickle
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from email.utils import format_datetime
 
 import httpx
@@ -211,7 +211,7 @@ async def test_retry_after_in_seconds_is_a_floor(scripted: Scripted, status: int
 
 
 async def test_retry_after_as_a_date_is_a_floor(scripted: Scripted) -> None:
-    date = format_datetime(datetime.now(UTC) + timedelta(seconds=20), usegmt=True)
+    date = format_datetime(scripted.clock.now() + timedelta(seconds=20), usegmt=True)
     scripted.answers(refusal(503, **{"Retry-After": date}), success(None))
     await scripted.client.users.delete(USER_ID)
     (pause,) = scripted.clock.slept
@@ -222,7 +222,7 @@ async def test_retry_after_as_a_date_is_a_floor(scripted: Scripted) -> None:
 async def test_retry_after_beyond_the_deadline_is_raised_at_once(
     scripted: Scripted, date: bool
 ) -> None:
-    at = format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)
+    at = format_datetime(scripted.clock.now() + timedelta(seconds=90), usegmt=True)
     scripted.answers(refusal(503, **{"Retry-After": at if date else "90"}))
     with pytest.raises(ServerError) as caught:
         await scripted.client.users.delete(USER_ID)

@@ -119,6 +119,13 @@ async def test_a_foreign_cursor_is_refused(socket: httpx.AsyncClient, cursor: st
     assert_refused(await socket.get(CHANGES, params={"after": cursor}), 400, "invalid_cursor")
 
 
+@pytest.mark.parametrize("position", ["00", "0{}", "\u0660", "-0", "+{}", "{}.0", " {}", "{}\n"])
+async def test_a_place_has_one_cursor(socket: httpx.AsyncClient, position: str) -> None:
+    epoch, _, last = (await end(socket)).partition(".")
+    answer = await socket.get(CHANGES, params={"after": f"{epoch}.{position.format(last)}"})
+    assert_refused(answer, 400, "invalid_cursor")
+
+
 async def test_a_cursor_that_is_ahead_is_refused(socket: httpx.AsyncClient) -> None:
     epoch = (await end(socket)).partition(".")[0]
     answer = await socket.get(CHANGES, params={"after": f"{epoch}.999999"})
@@ -176,8 +183,11 @@ def position_of(cursor: str | None) -> int:
 
 
 async def test_a_stream_begins_now_and_tells_each_change(socket: httpx.AsyncClient) -> None:
+    before = await end(socket)
     user = (await register(socket))["id"]
-    start = await end(socket)
+    # Registered is not yet told: the change waits for its position.
+    (registered,) = await behind(socket, before, 1)
+    start = registered["position"]
     async with aclosing(follow(socket)) as events:
         ready = await following(events, "ready")
         # A process may read a moment later what Postgres has.

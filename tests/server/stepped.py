@@ -27,6 +27,7 @@ from user_service_server.errors import UserNotFound
 from user_service_server.metrics import Metrics
 from user_service_server.settings import Settings
 from user_service_server.storage import cache as cache_module
+from user_service_server.storage import replica as standbys
 from user_service_server.storage.buckets import bucket_of, hash_tag
 from user_service_server.storage.cache import DocumentCache
 from user_service_server.storage.database import Database
@@ -247,7 +248,8 @@ class Replica:
         self.cache = DocumentCache(
             self.link, self.state, document_format=shape.format, ttl=300, metrics=metrics
         )
-        self.documents = SteppedDocuments(self.database, self.state, self.cache, shape)
+        standby = standbys.Replica(settings, self.state, shape, metrics)
+        self.documents = SteppedDocuments(self.database, self.state, self.cache, shape, standby)
         self._errands: list[Errand] = []
 
     async def open(self) -> None:

@@ -17,6 +17,8 @@ from user_service_server.changes.feed import ChangeFeed
 from user_service_server.metrics import Metrics
 from user_service_server.settings import Settings
 from user_service_server.storage.database import Database
+from user_service_server.storage.document import DocumentShape
+from user_service_server.storage.replica import Replica
 from user_service_server.storage.state import StateWatcher, renew_epoch
 
 from ..system.subscribers import change, change_often, connected, insert_users
@@ -45,7 +47,9 @@ async def settled(sql: asyncpg.Connection, app: Litestar) -> None:  # noqa: ARG0
 async def prune_feed(settings: Settings) -> int:
     """Do what the upkeep does with the feed, to its end; returns how many changes are gone."""
     database, metrics = Database(settings), Metrics()
-    feed = ChangeFeed(settings, database, StateWatcher(settings, database, metrics), metrics)
+    state = StateWatcher(settings, database, metrics)
+    replica = Replica(settings, state, DocumentShape(settings), metrics)
+    feed = ChangeFeed(settings, database, state, replica, metrics)
     try:
         gone = 0
         while batch := await feed.prune():
@@ -211,7 +215,7 @@ async def test_limit_out_of_bounds_is_refused(http: httpx.AsyncClient, limit: st
     [
         *["", "junk", ".", "1", "é.1", "{epoch}", "{epoch}.", "{epoch}.-1", "{epoch}.1.0"],
         *["{epoch}.x", "{epoch}." + "9" * 19, "{epoch}." + "9" * 40, "{epoch}." + "9" * 80],
-        "00000000.0",
+        *["00000000.0", "{epoch}.00", "{epoch}.01", "{epoch}.\u0661", "{epoch}.1\n", " {epoch}.1"],
     ],
 )
 async def test_cursor_that_was_never_given_out_is_refused(

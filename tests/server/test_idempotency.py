@@ -22,6 +22,7 @@ from user_service_server.embedded import EmbeddedPostgres
 from user_service_server.http.idempotency import Idempotency
 from user_service_server.metrics import Metrics
 from user_service_server.settings import Settings
+from user_service_server.storage import recorded_answers
 from user_service_server.storage.database import Database
 
 from ..engines import open_dir, settings_for
@@ -314,6 +315,25 @@ async def test_a_repeat_of_what_is_under_way_is_told_so_at_once(
     assert_replayed(await first, await http.patch(path, json={"name": "Other"}, headers=headers))
 
 
+async def test_a_repeat_that_looked_before_the_first_had_committed_happens_once(
+    http: httpx.AsyncClient, sql: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The statement that gets the lock sees what was there before: the record looks again."""
+
+    async def look_too_early(*_: object) -> tuple[bool, None]:
+        return True, None
+
+    user = await register(http)
+    path, headers = f"{USERS}{user['id']}", keyed()
+    first = await http.patch(path, json={"name": "Once"}, headers=headers)
+    await http.patch(path, json={"name": "Meanwhile"})
+    changes = await sql.fetchval("SELECT count(*) FROM changes")
+    monkeypatch.setattr(recorded_answers, "lock_and_find", look_too_early)
+    assert_replayed(first, await http.patch(path, json={"name": "Once"}, headers=headers))
+    assert await sql.fetchval("SELECT count(*) FROM changes") == changes
+    assert (await http.get(path)).json()["data"]["name"] == "Meanwhile"
+
+
 async def test_erasing_a_user_erases_the_records(
     http: httpx.AsyncClient, sql: asyncpg.Connection
 ) -> None:
@@ -375,6 +395,7 @@ async def test_keys_that_differ_in_case_are_two(http: httpx.AsyncClient) -> None
 async def test_a_record_survives_a_change_of_the_secret_key(
     http: httpx.AsyncClient, database_url: str, redis_url: str
 ) -> None:
+    """In the order of security.md servers of before and after a step understand each other."""
     body, headers = person(), keyed()
     first = await http.post(USERS, json=body, headers=headers)
     new = "the second secret key of this test"
@@ -388,7 +409,13 @@ async def test_a_record_survives_a_change_of_the_secret_key(
                 yield client
 
     previous = "the first secret key of this test 1"
-    async with another(SECRET_KEY=new, SECRET_KEY_PREVIOUS=previous) as client:
+    async with (
+        another(SECRET_KEY=previous, SECRET_KEY_PREVIOUS=new) as before,
+        another(SECRET_KEY=new, SECRET_KEY_PREVIOUS=previous) as client,
+    ):
+        further, once_more = person(), keyed()
+        answer = await client.post(USERS, json=further, headers=once_more)
+        assert_replayed(answer, await before.post(USERS, json=further, headers=once_more))
         assert_replayed(first, await client.post(USERS, json=body, headers=headers))
         other = await client.post(USERS, json=person(), headers=headers)
         assert_failed(other, 422, "idempotency_key_reused")

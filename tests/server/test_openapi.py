@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -60,12 +60,21 @@ Operations = dict[tuple[str, str], dict[str, Any]]
 class Caller:
     """Calls an app from code that is not asynchronous, as schemathesis' is."""
 
-    def __init__(self, portal: BlockingPortal, client: httpx.AsyncClient) -> None:
+    def __init__(
+        self, portal: BlockingPortal, client: httpx.AsyncClient, headers: Mapping[str, str] = {}
+    ) -> None:
         self._portal = portal
         self._client = client
+        self._headers = headers
 
-    def __call__(self, method: str, url: str, **options: Any) -> httpx.Response:
-        return self._portal.call(partial(self._client.request, method, url, **options))
+    def __call__(
+        self, method: str, url: str, *, headers: Mapping[str, Any] = {}, **options: Any
+    ) -> httpx.Response:
+        # What the caller always says goes before what is made up.
+        said = httpx.Headers(headers)
+        said.update(self._headers)
+        ask = partial(self._client.request, method, url, headers=said, **options)
+        return self._portal.call(ask)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +119,9 @@ def someone(call: Caller) -> dict[str, str]:
     """Return the ids of a new user and of their device."""
     number = next(_NUMBERS)
     jane = {**JANE, "email": f"jane.{number}@example.com"}
-    user = call("POST", "/api/v1/users/", json=jane).json()["data"]["id"]
+    answer = call("POST", "/api/v1/users/", json=jane)
+    assert answer.is_success, answer.text
+    user = answer.json()["data"]["id"]
     phone = {"token": f"fcm_token_of_jane_{number}", "platform": "android"}
     device = call("POST", f"/api/v1/users/{user}/devices", json=phone).json()["data"]["id"]
     return {"user_id": user, "device_id": device}
@@ -191,11 +202,19 @@ def test_the_example_of_every_body_works(call: Caller, operations: Operations) -
     assert tried >= 10
 
 
-def exercise(call: Caller, operation: AnyOperation, mode: GenerationMode) -> None:
+def exercise(
+    call: Caller,
+    operation: AnyOperation,
+    mode: GenerationMode,
+    *,
+    search: hypothesis.settings = bounded,
+    check: Callable[[httpx.Response], None] = lambda _answer: None,
+    known: Mapping[str, str] | None = None,
+) -> None:
     """Send an operation what its schema allows (or, in negative mode, does not)."""
-    ids = someone(call)
+    ids = known or someone(call)
 
-    @bounded
+    @search
     @given(
         case=operation.as_strategy(generation_mode=mode),
         exists=st.sampled_from([True, True, True, False]),
@@ -211,9 +230,11 @@ def exercise(call: Caller, operation: AnyOperation, mode: GenerationMode) -> Non
         headers = {
             name: value if isinstance(value, bytes) else value.encode("latin-1")
             for name, value in sent.headers.items()
+            if name.lower() != "host"  # of whom it is asked is no part of what is asked
         }
         answer = call(sent.method, sent.url, headers=headers, content=sent.body)
         case.validate_response(answer, checks=CHECKS)
+        check(answer)
 
     conforms()
 

@@ -123,6 +123,7 @@ def test_all_wrong_values_are_named_in_one_line() -> None:
         "postgresql://user:hunter2@host/users?pgbouncer=true",
         "postgresql://user:hunter2@host/users?timeout=soon",
         "postgresql://user:hunter2@/users?host=a:1&host=b:x",
+        "postgresql://user:hunter2@a:1,b:x/users",
     ],
 )
 def test_wrong_database_url_is_named_without_its_password(url: str) -> None:
@@ -171,6 +172,8 @@ def test_secret_from_a_file(tmp_path: Path) -> None:
         ("u:p@h/d?ssl=prefer", {"ssl": "prefer"}),
         ("u@/d?host=/run/postgresql", {}),
         ("u@/d?host=a:1&host=b:2&target_session_attrs=read-write", {}),
+        ("u:p@a,b/d?target_session_attrs=read-write", {}),
+        ("u:p@a:1,b,c/d", {}),
         ("u:p@h/d?command_timeout=5&statement_cache_size=0",
          {"command_timeout": 5.0, "statement_cache_size": 0}),
     ],
@@ -180,6 +183,22 @@ def test_database_urls(scheme: str, rest: str, arguments: dict[str, object]) -> 
     assert url.drivername == "postgresql+asyncpg"
     assert connect == arguments
     create_async_engine(url, connect_args=connect)
+
+
+def test_several_hosts_are_all_asked() -> None:
+    """As libpq has them in a URL, which is how clouds hand them out."""
+    url, _ = database_engine_arguments(
+        "postgres://u:p@a:1,b/users?sslmode=require&target_session_attrs=read-write"
+    )
+    _, connect = url.get_dialect()().create_connect_args(url)
+    assert connect == {
+        "host": ["a", "b"],
+        "port": [1, 5432],
+        "user": "u",
+        "password": "p",
+        "database": "users",
+        "target_session_attrs": "read-write",
+    }
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,17 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol
+from urllib.parse import urlsplit
 
 import httpx
 import psutil
 
-from ..servers import Server
 from .subscribers import change, connected, insert_users
 from .trouble import until
 
@@ -47,14 +49,25 @@ class Phase:
         )
 
 
+class Followed(Protocol):
+    """A running server."""
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+
+    @property
+    def pid(self) -> int:
+        """Its process."""
+
+
 class Crowd:
     """Many subscribers of one server, and who changes users meanwhile."""
 
     def __init__(
-        self, server: Server, database_url: str, process: asyncio.subprocess.Process
+        self, server: Followed, database_url: str, process: asyncio.subprocess.Process
     ) -> None:
-        assert server.process is not None
-        self._server = psutil.Process(server.process.pid)
+        self._server = psutil.Process(server.pid)
         self._url = server.url
         self._database_url = database_url
         self._process = process
@@ -130,13 +143,21 @@ class Crowd:
 
 @asynccontextmanager
 async def gathered(
-    server: Server, database_url: str, count: int, slow: int
+    server: Followed,
+    database_url: str,
+    count: int,
+    slow: int,
+    headers: Mapping[str, str] = MappingProxyType({}),
 ) -> AsyncIterator[tuple[Crowd, list[str]]]:
-    """Let `count` follow a server, of whom the last `slow` stop reading when told to."""
+    """Let `count` follow a server, of whom the last `slow` stop reading when told to.
+
+    They send `headers`, where a server asks for a key.
+    """
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         str(_PROGRAM),
-        *(str(number) for number in (server.port, count, slow)),
+        *(str(number) for number in (urlsplit(server.url).port, count, slow)),
+        *(f"{name}: {value}" for name, value in headers.items()),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )

@@ -1,4 +1,6 @@
-"""Owns many lean subscribers, in a process of their own: `python crowd_process.py PORT COUNT SLOW`.
+"""Owns many lean subscribers, in a process of their own.
+
+    python crowd_process.py PORT COUNT SLOW [HEADER ...]
 
 Reads a command a line and answers with a line of JSON: `connect`, `report` (what those who read got
 since the last one), and `stop` (the last SLOW read no more, from now on).
@@ -13,9 +15,10 @@ import resource
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from datetime import datetime
 
-_REQUEST = b"GET /api/v1/changes/stream HTTP/1.1\r\nHost: crowd\r\n\r\n"
+_REQUEST = ("GET /api/v1/changes/stream HTTP/1.1", "Host: crowd")
 _CHANGED_AT = re.compile(rb'"kind":"[a-z.]+","at":"([^"]+)"')
 _AT_ONCE = 50
 _QUIET = 0.5
@@ -32,7 +35,7 @@ class _Subscriber(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
-        transport.write(_REQUEST)
+        transport.write(self._crowd.request)
 
     def data_received(self, data: bytes) -> None:
         if self._begins and b"event: heartbeat" in data:
@@ -49,7 +52,8 @@ class _Subscriber(asyncio.Protocol):
 
 
 class _Crowd:
-    def __init__(self, port: int, count: int, slow: int) -> None:
+    def __init__(self, port: int, count: int, slow: int, headers: Sequence[str]) -> None:
+        self.request = "\r\n".join([*_REQUEST, *headers, "", ""]).encode()
         self._port = port
         self._count = count
         self._slow = slow
@@ -110,8 +114,8 @@ class _Crowd:
         return {"received": len(lags), "lost": self.lost, **quantiles}
 
 
-async def _run(port: int, count: int, slow: int) -> None:
-    crowd = _Crowd(port, count, slow)
+async def _run(port: int, count: int, slow: int, headers: Sequence[str]) -> None:
+    crowd = _Crowd(port, count, slow, headers)
     reader = asyncio.StreamReader()
     loop = asyncio.get_running_loop()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
@@ -127,4 +131,5 @@ async def _run(port: int, count: int, slow: int) -> None:
 if __name__ == "__main__":
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    asyncio.run(_run(*(int(argument) for argument in sys.argv[1:4])))
+    port, count, slow = map(int, sys.argv[1:4])
+    asyncio.run(_run(port, count, slow, sys.argv[4:]))

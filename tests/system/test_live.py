@@ -13,7 +13,7 @@ from user_service_client import (
     StreamState,
     User,
     UserServiceClient,
-    _cache,
+    _coverage,
     _stream,
 )
 from user_service_server.settings import Settings
@@ -71,7 +71,7 @@ async def measure_lags(writes: str, reads: str, changes: int) -> list[float]:
 @pytest.fixture(autouse=True)
 def _without_lag(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is read at once is covered, too: no test has to wait for it."""
-    monkeypatch.setattr(_cache, "LAG", 0.0)
+    monkeypatch.setattr(_coverage, "LAG", 0.0)
 
 
 async def test_a_change_at_one_server_is_seen_by_a_live_client_of_another(

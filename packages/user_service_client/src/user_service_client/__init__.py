@@ -63,6 +63,7 @@ from user_service_client._calls import (
 from user_service_client._clock import Clock
 from user_service_client._deadline import deadline_scope
 from user_service_client._stream import ClientStatus
+from user_service_client._transport import TransportFactory
 from user_service_client.client import UserServiceClient
 from user_service_client.errors import (
     ApiError,
@@ -154,6 +155,7 @@ __all__ = [
     "StreamEvent",
     "StreamState",
     "Tracing",
+    "TransportFactory",
     "Unauthenticated",
     "UnknownRules",
     "UnsetType",

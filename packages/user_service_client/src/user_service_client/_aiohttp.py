@@ -1,5 +1,8 @@
 """The default transport: httpx's types outside, aiohttp's connections and parser inside.
 
+Calls go past httpx' types (`send`), which would take 20 µs of the 70 that a call costs; streams,
+and whoever else wants a transport, use it as any other of httpx'.
+
 httpx's own pool loses connections when requests are cancelled (encode/httpcore#1093), and is
 several times slower at 100 concurrent calls. Of aiohttp only the connector (names, sockets, TLS,
 keep-alive) and the protocol (parser, flow control) are used. Its session is not: it adds headers,
@@ -13,18 +16,22 @@ import asyncio
 import os
 import re
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
-from typing import TypeAlias
+from functools import cache
+from typing import NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 import aiohttp
 import httpx
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection
+from aiohttp.http import RawResponseMessage
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.streams import StreamReader
 from yarl import URL  # how aiohttp takes an address
+
+from user_service_client._transport import Attempt, Origin, Outgoing, Reply
 
 DNS_TTL = 10
 """Seconds that an address is kept: replicas move."""
@@ -35,9 +42,10 @@ while the loop was busy with something else, it may not have heard of it."""
 
 _Trace: TypeAlias = Callable[[str, dict[str, object]], Awaitable[None]]
 _HEAD = re.compile(
-    rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ [!-~]+ HTTP/1\.1\r\n"
-    rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+: [^\x00-\x08\x0a-\x1f\x7f]*\r\n)*\r\n"
+    r"[!#$%&'*+.^_`|~0-9A-Za-z-]+ [!-~]+ HTTP/1\.1\r\n"
+    r"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\t -~\x80-\xff]*\r\n)*\r\n"
 )
+_NO_LIMITS: dict[str, float | None] = {}
 _FAILURES = (
     aiohttp.ClientError,
     aiohttp.EofStream,
@@ -47,6 +55,18 @@ _FAILURES = (
     ValueError,
 )
 """All that aiohttp raises: its two trees, and what it lets through."""
+
+
+@cache
+def tls_context(*, verify: bool) -> ssl.SSLContext:
+    """Return the TLS settings of all connections of the process.
+
+    Reading the authorities takes 25 ms, too long for an event loop: it is done once, and not for
+    each loop that a transport comes to.
+    """
+    context = httpx.create_ssl_context(verify=verify)
+    context.set_alpn_protocols(["http/1.1"])
+    return context
 
 
 class AiohttpTransport(httpx.AsyncBaseTransport):
@@ -85,27 +105,66 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
             PoolTimeout, ConnectTimeout, ConnectError: nothing was sent.
             WriteTimeout, WriteError, ReadTimeout, ReadError, RemoteProtocolError: it may have been.
         """
-        limits: dict[str, float | None] = request.extensions.get("timeout", {})
         stream = request.stream
         if not isinstance(stream, httpx.AsyncByteStream):
             raise TypeError("the body is a synchronous stream")
-        data = _encoded(request, b"".join([part async for part in stream]))
+        url, headers = request.url, request.headers.raw
+        data = _encoded(
+            request.method,
+            url.raw_path.decode("ascii"),
+            [(name.decode("latin-1"), text.decode("latin-1")) for name, text in headers],
+            url.netloc.decode("ascii"),
+            b"".join([part async for part in stream]),
+        )
+        limits: dict[str, float | None] = request.extensions.get("timeout", {})
+        origin = Origin(url.scheme, url.raw_host.decode("ascii"), url.port)
+        trace: _Trace | None = request.extensions.get("trace")
+        begun = await self._begin(origin, request.method, data, limits, trace)
+        return _response(begun, begun.whole())
 
+    async def send(self, origin: Origin, request: Outgoing, attempt: Attempt) -> Reply:
+        """Send `request` and return the whole answer, which whoever calls waits for with a limit.
+
+        Raises:
+            DecodingError: the answer's content coding is broken.
+            TransportError: as `handle_async_request`, but for time-outs.
+        """
+        method, target, headers, body = request
+        data = _encoded(method, target, headers.items(), "", body)
+        begun = await self._begin(origin, method, data, _NO_LIMITS, attempt.trace)
+        status, named = begun.message.code, begun.message.headers
+        whole = begun.whole()
+        if whole is None or "Content-Encoding" in named:
+            response = _response(begun, whole)
+            try:
+                whole = await response.aread()
+            finally:
+                await response.aclose()
+        return Reply(status, named, whole)
+
+    async def _begin(
+        self,
+        origin: Origin,
+        method: str,
+        data: bytes,
+        limits: Mapping[str, float | None],
+        trace: _Trace | None,
+    ) -> _Begun:
+        """Send a request, and return the beginning of its answer."""
         pool = self._opened_pool()
         exchange = await pool.exchange(self, _seconds(limits, "pool"))
         try:
-            protocol = await pool.connect(exchange, request.url, _seconds(limits, "connect"))
-            trace: _Trace | None = request.extensions.get("trace")
+            protocol = await pool.connect(exchange, origin, _seconds(limits, "connect"))
             if trace is not None:
                 await trace("http11.send_request_headers.started", {})
             protocol.set_response_params(
-                skip_payload=request.method == "HEAD",
+                skip_payload=method == "HEAD",
                 read_until_eof=True,
                 auto_decompress=False,
                 read_timeout=_seconds(limits, "read"),
             )
             await _write(protocol, data, _seconds(limits, "write"))
-            return await _answer(exchange, protocol)
+            return await _begun(exchange, protocol)
         except BaseException:
             exchange.end(reusable=False)
             raise
@@ -169,30 +228,31 @@ class _Pool:
         self.slots = asyncio.Semaphore(max_connections)
         self.exchanges: set[_Exchange] = set()
         self._closed = False
-        self._origins: dict[tuple[str, str, int | None], aiohttp.ClientRequest] = {}
+        self._origins: dict[Origin, aiohttp.ClientRequest] = {}
+        self._unlimited = aiohttp.ClientTimeout()  # made once: that takes 3 µs
         # when a connection was opened, and last used
         self._lives: WeakKeyDictionary[ResponseHandler, list[float]] = WeakKeyDictionary()
 
     async def exchange(self, transport: AiohttpTransport, seconds: float | None) -> _Exchange:
-        if self.slots.locked():
+        if seconds is None or not self.slots.locked():
+            await self.slots.acquire()
+        else:
             try:
                 async with asyncio.timeout(seconds):
                     await self.slots.acquire()
             except TimeoutError as error:
                 raise httpx.PoolTimeout("no connection was free in time") from error
-        else:
-            await self.slots.acquire()
         return _Exchange(self, transport)
 
     async def connect(
-        self, exchange: _Exchange, url: httpx.URL, seconds: float | None
+        self, exchange: _Exchange, origin: Origin, seconds: float | None
     ) -> ResponseHandler:
         """Return an open connection, which `exchange` then owns."""
         try:
-            origin = self._origin(url)
-            timeout = aiohttp.ClientTimeout(connect=seconds)
+            address = self._address(origin)
+            timeout = aiohttp.ClientTimeout(connect=seconds) if seconds else self._unlimited
             while not self._closed:
-                connection = await self._connector.connect(origin, [], timeout)
+                connection = await self._connector.connect(address, [], timeout)
                 protocol = exchange.takes(connection)
                 if await self._is_fit(protocol):
                     return protocol
@@ -221,27 +281,21 @@ class _Pool:
     def used(self, protocol: ResponseHandler) -> None:
         self._lives[protocol][1] = self.loop.time()
 
-    def _origin(self, url: httpx.URL) -> aiohttp.ClientRequest:
+    def _address(self, origin: Origin) -> aiohttp.ClientRequest:
         """Return what the connector takes for an address: a request, which is never sent."""
-        key = (url.scheme, url.raw_host.decode("ascii"), url.port)
-        origin = self._origins.get(key)
-        if origin is None:
-            scheme, host, port = key
+        address = self._origins.get(origin)
+        if address is None:
             context: ssl.SSLContext | bool = True
-            if scheme == "https":
-                context = self._context()
-            elif scheme != "http":
+            if origin.scheme == "https":
+                context = self._verify
+                if isinstance(context, bool):
+                    context = tls_context(verify=context)
+            elif origin.scheme != "http":
                 raise httpx.UnsupportedProtocol("the URL must begin with http:// or https://")
-            address = URL.build(scheme=scheme, host=host, port=port)
-            origin = aiohttp.ClientRequest("GET", address, loop=self.loop, ssl=context)
-            self._origins[key] = origin
-        return origin
-
-    def _context(self) -> ssl.SSLContext:
-        if isinstance(self._verify, bool):  # it takes 20 ms: not made before a URL needs it
-            self._verify = httpx.create_ssl_context(verify=self._verify)
-            self._verify.set_alpn_protocols(["http/1.1"])
-        return self._verify
+            url = URL.build(scheme=origin.scheme, host=origin.host, port=origin.port)
+            address = aiohttp.ClientRequest("GET", url, loop=self.loop, ssl=context)
+            self._origins[origin] = address
+        return address
 
     async def aclose(self) -> None:
         self._closed = True
@@ -353,7 +407,24 @@ class _Body(httpx.AsyncByteStream):
         self._exchange.end(reusable=self._payload.at_eof())
 
 
-async def _answer(exchange: _Exchange, protocol: ResponseHandler) -> httpx.Response:
+class _Begun(NamedTuple):
+    """An answer of which the head is there, and perhaps all of it."""
+
+    exchange: _Exchange
+    message: RawResponseMessage
+    payload: StreamReader
+
+    def whole(self) -> bytes | None:
+        """Return the body if it is all there, as it mostly is: it need not be waited for."""
+        payload = self.payload
+        if not payload.is_eof() or payload.exception() is not None:
+            return None
+        body = payload.read_nowait()
+        self.exchange.end(reusable=True)
+        return body
+
+
+async def _begun(exchange: _Exchange, protocol: ResponseHandler) -> _Begun:
     try:
         while True:
             protocol.start_timeout()
@@ -364,11 +435,14 @@ async def _answer(exchange: _Exchange, protocol: ResponseHandler) -> httpx.Respo
                 raise HttpProcessingError(message="nobody asked for another protocol")
     except _FAILURES as error:
         raise _unread(error) from None
+    return _Begun(exchange, message, payload)
+
+
+def _response(begun: _Begun, whole: bytes | None) -> httpx.Response:
+    exchange, message, payload = begun
     stream: httpx.AsyncByteStream
-    if payload.is_eof() and payload.exception() is None:
-        # It is all there, as most answers are: the connection need not wait for the reader.
-        stream = httpx.ByteStream(payload.read_nowait())
-        exchange.end(reusable=True)
+    if whole is not None:
+        stream = httpx.ByteStream(whole)
     else:
         exchange.payload = payload
         stream = _Body(exchange, payload)
@@ -383,34 +457,35 @@ async def _answer(exchange: _Exchange, protocol: ResponseHandler) -> httpx.Respo
     )
 
 
-def _encoded(request: httpx.Request, body: bytes) -> bytes:
-    """Return the request as it goes out."""
-    lines = [b"%b %b HTTP/1.1" % (request.method.encode("ascii", "replace"), request.url.raw_path)]
-    framing: list[tuple[bytes, bytes]] = []
-    host = False
-    for name, value in request.headers.raw:
-        lines.append(b"%b: %b" % (name, value))
+def _encoded(
+    method: str, target: str, headers: Iterable[tuple[str, str]], host: str, body: bytes
+) -> bytes:
+    """Return a request as it goes out; `host` stands for a header that is not there."""
+    lines = [f"{method} {target} HTTP/1.1"]
+    framing: list[tuple[str, str]] = []
+    for name, value in headers:
+        lines.append(f"{name}: {value}")
         match name.lower():
-            case b"host":
-                host = True
-            case b"content-length" | b"transfer-encoding" as kind:
+            case "host":
+                host = ""
+            case "content-length" | "transfer-encoding" as kind:
                 framing.append((kind, value))
             case _:
                 pass
-    if not host:
-        lines.insert(1, b"Host: " + request.url.netloc)
-    length = b"%d" % len(body)
-    if framing == [(b"transfer-encoding", b"chunked")]:
+    if host:
+        lines.insert(1, f"Host: {host}")
+    length = str(len(body))
+    if framing == [("transfer-encoding", "chunked")]:
         body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) if body else b"0\r\n\r\n"
-    elif framing and framing != [(b"content-length", length)]:
+    elif framing and framing != [("content-length", length)]:
         raise httpx.LocalProtocolError("the headers tell another length than the body has")
     elif body and not framing:
-        lines.append(b"Content-Length: " + length)
-    head = b"\r\n".join((*lines, b"", b""))
+        lines.append(f"Content-Length: {length}")
+    head = "\r\n".join((*lines, "", ""))
     # the count finds what is well-formed, but more than one header
-    if _HEAD.fullmatch(head) is None or head.count(b"\r\n") != len(lines) + 1:
+    if _HEAD.fullmatch(head) is None or head.count("\r\n") != len(lines) + 1:
         raise httpx.LocalProtocolError("method or header has a character that it cannot carry")
-    return head + body
+    return head.encode("latin-1") + body
 
 
 async def _write(protocol: ResponseHandler, data: bytes, seconds: float | None) -> None:
@@ -429,7 +504,7 @@ async def _write(protocol: ResponseHandler, data: bytes, seconds: float | None) 
                 raise httpx.WriteError(type(error).__name__) from error
 
 
-def _seconds(limits: dict[str, float | None], kind: str) -> float | None:
+def _seconds(limits: Mapping[str, float | None], kind: str) -> float | None:
     seconds = limits.get(kind)
     return seconds if seconds is None else max(seconds, 1e-6)  # to aiohttp 0 is no limit
 

@@ -94,8 +94,12 @@ class Answer:
         except (UnicodeDecodeError, RecursionError) as error:
             raise self._undecodable(type(error).__name__) from None
 
-    def error(self) -> ApiError:
-        """Return the error of a refusal, also of one that no envelope tells of."""
+    def error(self, now: datetime) -> ApiError:
+        """Return the error of a refusal, also of one that no envelope tells of.
+
+        Args:
+            now: The time by the client's clock: `Retry-After` may be a date.
+        """
         refusal = self._refusal()
         code = _showable(refusal.code) if refusal else None
         details = refusal.details if refusal else ()
@@ -111,7 +115,7 @@ class Answer:
             status=self.status,
             details=details,
             etag=self.reply.headers.get("ETag"),
-            retry_after=_seconds(self.reply.headers.get("Retry-After", "")),
+            retry_after=_seconds(self.reply.headers.get("Retry-After", ""), now),
         )
 
     def _refusal(self) -> Error | None:
@@ -141,7 +145,7 @@ def _showable(text: str) -> str | None:
     return text if _SHOWABLE.fullmatch(text) else None
 
 
-def _seconds(retry_after: str) -> float | None:
+def _seconds(retry_after: str, now: datetime) -> float | None:
     """Return the seconds of a `Retry-After`, a number or a date (RFC 9110, section 10.2.3)."""
     if retry_after.isascii() and retry_after.isdigit():
         return float(retry_after)
@@ -151,4 +155,4 @@ def _seconds(retry_after: str) -> float | None:
         return None
     if at.tzinfo is None:  # "-0000", or an old form without a zone: HTTP dates are in UTC
         at = at.replace(tzinfo=UTC)
-    return max(0.0, (at - datetime.now(UTC)).total_seconds())
+    return max(0.0, (at - now).total_seconds())

@@ -13,20 +13,22 @@ import logging
 import math
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
-from itertools import islice
 from sys import intern
 from typing import NamedTuple, Protocol
 
-from user_service_schemas import ErrorCode, User
+from user_service_schemas import MAX_BATCH, ErrorCode, User
 
-from user_service_client._calls import CallOptions, batches
+from user_service_client._calls import TICK, CallOptions, batches
 from user_service_client._clock import Clock
-from user_service_client._deadline import Deadline
+from user_service_client._coverage import Coverage
+from user_service_client._flights import Flight, Flights, until_over
+from user_service_client._floors import Floors, Generations
 from user_service_client._loops import Home
 from user_service_client._retry import is_outage
 from user_service_client._store import MAX_FREQ, Store, Stored
@@ -34,7 +36,6 @@ from user_service_client.errors import (
     DeadlineExceeded,
     DecodeError,
     NotFound,
-    NotSent,
     UserServiceError,
 )
 from user_service_client.hooks import CacheEvent, CacheResult, Hooks, tell
@@ -42,18 +43,6 @@ from user_service_client.hooks import CacheEvent, CacheResult, Hooks, tell
 UNKNOWN_FOR = 5.0
 """Seconds for which it is remembered that nobody has an id."""
 MAX_UNKNOWN = 10_000
-FLOOR_FOR = 60.0
-"""Seconds for which a version that was heard of is remembered: much longer than servers may lag
-behind one another (1 s under faults, 20 ms otherwise)."""
-MAX_FLOORS = 100_000
-MAX_DROPPED = 10_000
-ABOVE_ALL = 10**17
-"""A version that no user has: what Postgres says is believed, and nothing else."""
-LAG = 2.0
-"""Seconds after a stream began from which what is read is covered by it: what a server read just
-before may be older than the first event."""
-COMPLETE_FOR = 30.0
-"""Seconds that the stream's `through` may be behind."""
 TTL_JITTER = 0.1
 GRACE = 0.02
 """Seconds by which who waits for a request lets it say itself that its time was up."""
@@ -61,11 +50,11 @@ TRIES = 3
 """How often a read is repeated whose answer was overtaken."""
 REFRESHES_AT_ONCE = 16
 REFRESHES_A_SECOND = 200
-"""How many old copies are revalidated in the background: after an outage, all are old together."""
+"""How many requests revalidate old copies in the background: after an outage, all are old together.
+What there is no room for is revalidated when it is read again."""
 BATCHES_AT_ONCE = 4
 DOUBTFUL_AT_ONCE = 16
 """How many users of a batch are asked for again at a time."""
-MAX_PAST_EPOCHS = 16
 
 _TAG = re.compile(r'(?:W/)?"([0-9a-f]+)\.([0-9a-f]+)\.([0-9]{1,18})"')
 _log = logging.getLogger("user_service_client")
@@ -81,12 +70,21 @@ class CacheOptions:
         fresh_for: Seconds for which a copy is used without asking, where nothing tells of changes.
         max_stale: Seconds for which a copy is used while it is revalidated in the background, or
             while the service cannot be reached.
+
+    Raises:
+        ValueError: a number is below 0, or not a number.
     """
 
     max_documents: int = 50_000
     max_bytes: int = 128 * 1024 * 1024
     fresh_for: float = 30.0
     max_stale: float = 300.0
+
+    def __post_init__(self) -> None:
+        """Refuse what would silently keep nothing, or for ever: all comparisons with NaN fail."""
+        numbers = (self.max_documents, self.max_bytes, self.fresh_for, self.max_stale)
+        if not all(number >= 0 for number in numbers):
+            raise ValueError("the numbers of CacheOptions must not be below 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,15 +140,20 @@ class CachedUser(Stored):
     __slots__ = ("_cache", "epoch", "format", "fresh_until", "user", "validated_at")
 
     def __init__(
-        self, fetched: Fetched, cache: DocumentCache, validated_at: float, fresh_until: float
+        self,
+        user: User,
+        source: Fetched | Batch,
+        cache: DocumentCache,
+        validated_at: float,
+        fresh_until: float,
     ) -> None:
         # `Stored`'s own, without a call: a batch makes a thousand of these.
-        self.key = fetched.user.id
-        self.size = fetched.size
+        self.key = user.id
+        self.size = source.size
         self.freq = 0
-        self.user = fetched.user
-        self.epoch = fetched.epoch
-        self.format = fetched.format
+        self.user = user
+        self.epoch = source.epoch
+        self.format = source.format
         self.validated_at = validated_at
         self.fresh_until = fresh_until
         self._cache = cache
@@ -183,6 +186,18 @@ class Fetched(NamedTuple):
     size: int
 
 
+class Batch(NamedTuple):
+    """Users as the service has just answered; `size` is what each takes on average.
+
+    All are decoded in one go: one by one, to know the size of each, would take 0.6 µs a user.
+    """
+
+    users: tuple[User, ...]
+    epoch: str
+    format: str
+    size: int
+
+
 class Asked(NamedTuple):
     """When something was asked: the answer is not kept if its user was invalidated meanwhile."""
 
@@ -208,7 +223,7 @@ class Wish(NamedTuple):
     """
 
     use: Use
-    deadline: Deadline
+    deadline: float
     max_stale: float | None
     options: CallOptions
 
@@ -221,7 +236,7 @@ class Source(Protocol):
         user_id: str,
         held: CachedUser | None,
         floor: int,
-        deadline: Deadline,
+        deadline: float,
         options: CallOptions,
     ) -> Fetched | None:
         """Read one user, no older than the version `floor`; None confirms the copy that is held.
@@ -230,28 +245,25 @@ class Source(Protocol):
             NotFound: nobody has this id.
         """
 
-    async def fetch_many(
-        self, ids: Sequence[str], deadline: Deadline, options: CallOptions
-    ) -> Mapping[str, Fetched]:
+    async def fetch_many(self, ids: Sequence[str], deadline: float, options: CallOptions) -> Batch:
         """Read up to 1000 users; who does not exist is left out."""
 
-    def deadline(self) -> Deadline:
+    def deadline(self) -> float:
         """Return when a read must have ended that begins now, and for which nobody waits."""
 
 
-Found = dict[str, CachedUser | None]
-"""Copies by id, None for ids that nobody has."""
+class Nobody(NamedTuple):
+    """That nobody has an id: as the service has just said, or as is remembered, without a call."""
+
+    request_id: str | None = None
+    attempts: int = 0
+    elapsed: float = 0.0
 
 
-class _Flight:
-    """A request that is under way, for one user or many, and until when somebody waits for it."""
+NOBODY = Nobody()
 
-    __slots__ = ("deadline", "task")
-
-    task: asyncio.Task[Found]
-
-    def __init__(self, deadline: Deadline) -> None:
-        self.deadline = Deadline(deadline.at)
+Found = dict[str, CachedUser | Nobody]
+"""Copies by id, or that nobody has it."""
 
 
 class DocumentCache:
@@ -269,27 +281,15 @@ class DocumentCache:
         self._entries = self._store.entries
         self.peek = self._entries.get
         """Return the copy of an id, however old, or None."""
-        self._flights: dict[str, _Flight] = {}
-        self._under_way: set[asyncio.Task[Found]] = set()
-        self._refreshes: set[asyncio.Task[Found]] = set()
+        self._flights: Flights[Found] = Flights()
+        self._refreshes: set[asyncio.Task[None]] = set()
         self._refresh_second = 0
         self._refreshed = 0
-        # Versions that were heard of, and when, oldest first; of who was erased, infinity.
-        self._floors: dict[str, tuple[float, float]] = {}
         self._unknown: dict[str, float] = {}
-        self._epoch: str | None = None
-        self._past_epochs: dict[str, float] = {}
-        # Raised by whatever ends copies that are on their way. What was asked before `_cleared_in`
-        # is not kept, nor, of these users, what was asked before theirs.
-        self._generation = self._cleared_in = 0
-        self._dropped: dict[str, int] = {}
-        # What was validated before is to be revalidated: the epoch or the stream began anew then.
-        self._valid_from = -math.inf
-        # What was validated since then is covered by the stream, which has told of all changes up
-        # to `through`, and which is relied upon while that is not long ago.
-        self._covered_since = math.inf
-        self._through = -math.inf
-        self._complete_until = -math.inf
+        self._floors = Floors(clock.monotonic)
+        self._generations = Generations()
+        self.coverage = Coverage(clock.monotonic, self._options.fresh_for)
+        """What the stream covers, as whoever follows it tells."""
         self._hits = self._stale = self._misses = self._unknowns = 0
         self._confirmed = self._invalidated = self._overtaken = 0
         home.on_move(self._let_go)
@@ -302,10 +302,10 @@ class DocumentCache:
         if entry is None:
             return None
         # `is_fresh`, once more: a call would double what a read costs.
-        now, validated_at = self._monotonic(), entry.validated_at
-        if validated_at < self._valid_from or (
+        now, validated_at, coverage = self._monotonic(), entry.validated_at, self.coverage
+        if validated_at < coverage.valid_from or (
             now >= entry.fresh_until
-            and (now >= self._complete_until or validated_at < self._covered_since)
+            and (now >= coverage.complete_until or validated_at < coverage.since)
         ):
             return None
         if entry.freq < MAX_FREQ:
@@ -315,21 +315,15 @@ class DocumentCache:
 
     def is_fresh(self, entry: CachedUser) -> bool:
         """Whether a copy may be used without asking."""
-        now, validated_at = self._monotonic(), entry.validated_at
-        return validated_at >= self._valid_from and (
+        now, validated_at, coverage = self._monotonic(), entry.validated_at, self.coverage
+        return validated_at >= coverage.valid_from and (
             now < entry.fresh_until
-            or (now < self._complete_until and validated_at >= self._covered_since)
+            or (now < coverage.complete_until and validated_at >= coverage.since)
         )
 
     def age(self, entry: CachedUser) -> float:
         """Return the seconds since a copy was certainly the newest version."""
-        return self._monotonic() - self._known_good_at(entry)
-
-    def _known_good_at(self, entry: CachedUser) -> float:
-        if entry.validated_at < self._covered_since:
-            return entry.validated_at
-        # The stream was complete until then, and told of no change of it.
-        return max(entry.validated_at, self._through)
+        return self._monotonic() - self.coverage.known_good_at(entry.validated_at)
 
     async def read(self, user_id: str, wish: Wish) -> CachedUser:
         """Return a copy that is new enough for its use, asking the service if need be.
@@ -339,13 +333,16 @@ class DocumentCache:
             UserServiceError: the service cannot be asked, and no copy is new enough.
         """
         entry = (await self.read_many([user_id], wish, one_by_one=True))[user_id]
-        if entry is None:
+        if isinstance(entry, Nobody):
             code = ErrorCode.USER_NOT_FOUND
-            raise NotFound(f"users.get: 404 {code}", code=code, status=404)
+            request = f" (request id {entry.request_id})" if entry.request_id else ""
+            raise NotFound(
+                f"users.get: 404 {code}{request}", code=code, status=404, **entry._asdict()
+            )
         return entry
 
     async def read_many(self, ids: Sequence[str], wish: Wish, *, one_by_one: bool = False) -> Found:
-        """Return copies that are new enough for their use, and None for ids that nobody has.
+        """Return copies that are new enough for their use, and of which ids nobody has any.
 
         What is lacking is asked for in one request for each 1000, or `one_by_one`, which confirms
         what is held; raises as `read`.
@@ -357,7 +354,7 @@ class DocumentCache:
             entry = self._entries.get(user_id)
             if entry is None:
                 if wish.use is not Use.CRITICAL and self._is_unknown(user_id):
-                    found[user_id] = None
+                    found[user_id] = NOBODY
                 else:
                     lacking.append(user_id)
             elif wish.use is not Use.CRITICAL and self.is_fresh(entry):
@@ -369,23 +366,23 @@ class DocumentCache:
                 old.append(user_id)
             else:
                 lacking.append(user_id)
-        unknown = sum(entry is None for entry in found.values())
+        unknown = sum(entry is NOBODY for entry in found.values()) if found else 0
         if unknown:
             self._unknowns += unknown
-            tell(self._hook, lambda: CacheEvent(CacheResult.UNKNOWN, unknown))
+            self._tell(CacheResult.UNKNOWN, unknown)
         if old:
             self._refresh(old, one_by_one)
             self._count_stale(len(old))
         if lacking:
             self._misses += len(lacking)
-            tell(self._hook, lambda: CacheEvent(CacheResult.MISS, len(lacking)))
+            self._tell(CacheResult.MISS, len(lacking))
             found |= await self._ask(lacking, wish, one_by_one)
         return found
 
     def _may_be_old(self, entry: CachedUser, wish: Wish) -> bool:
         """Whether a copy will do while it is revalidated: not one that a reset has marked."""
         allowed = min(self._allowed(wish), self._options.max_stale)
-        return entry.validated_at >= self._valid_from and self.age(entry) <= allowed
+        return entry.validated_at >= self.coverage.valid_from and self.age(entry) <= allowed
 
     def _allowed(self, wish: Wish) -> float:
         """Return how old a copy may be if the service cannot be reached."""
@@ -395,42 +392,49 @@ class DocumentCache:
         """Ask the service; where it cannot be reached, a copy will do that is not too old."""
         self._home.enter()  # before requests of another loop are joined
         started = self._monotonic()
-        flights: dict[_Flight, list[str]] = {}
+        joined: dict[Flight[Found], list[str]] = {}
         new: list[str] = []
         for user_id in ids:
-            flight = self._flights.get(user_id)
-            # What must be new does not join a request from before, nor do special wishes. What has
-            # ended, and was not tidied up yet, may be older than what was heard of since.
-            if flight is None or flight.task.done() or wish.use is Use.CRITICAL or wish.options:
+            # What must be new does not join a request from before, nor do special wishes.
+            is_alone = wish.use is Use.CRITICAL or wish.options
+            flight = None if is_alone else self._flights.joinable(user_id)
+            if flight is None:
                 new.append(user_id)
             else:
-                flight.deadline.put_off(wish.deadline.at)
-                flights.setdefault(flight, []).append(user_id)
-        flights |= self._depart(new, wish.deadline, wish.options, one_by_one)
-        # Not cancelled with who waits: others may have joined, and what comes is kept.
-        left = max(0.0, wish.deadline.at - self._monotonic()) + GRACE
-        await asyncio.wait([flight.task for flight in flights], timeout=left)
+                joined.setdefault(flight, []).append(user_id)
+        flights = joined | self._depart(new, wish.deadline, wish.options, one_by_one)
+        if joined:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, wish.deadline - started) + GRACE):
+                    await until_over(flights)
+        else:
+            await until_over(flights)  # each ends by the deadline itself, and a timer costs 4 µs
         found: Found = {}
+        again: list[str] = []
         for flight, some in flights.items():
-            error: UserServiceError
-            if flight.task.cancelled():  # by `aclose`, and not with who waits
-                error = NotSent("the client was closed", elapsed=self._monotonic() - started)
-                found |= self._make_do(some, error, wish)
-                continue
-            try:
-                landed = flight.task.result()
-            except asyncio.InvalidStateError:
-                error = DeadlineExceeded(
-                    "the request that was waited for took too long",
-                    elapsed=self._monotonic() - started,
-                )
-            except UserServiceError as failed:
-                error = failed
+            error = flight.error
+            if not flight.over.is_set():
+                elapsed = self._monotonic() - started
+                error = DeadlineExceeded("what was waited for took too long", elapsed=elapsed)
+            if error is None:
+                found |= {user_id: flight.found[user_id] for user_id in some}
+            elif not isinstance(error, UserServiceError):
+                raise error
+            elif self._was_impatient(flight, error, wish):
+                again += some
             else:
-                found |= {user_id: landed[user_id] for user_id in some}
-                continue
-            found |= self._make_do(some, error, wish)
+                found |= self._make_do(some, error, wish)
+        if again:
+            found |= await self._ask(again, wish, one_by_one)
         return found
+
+    def _was_impatient(self, flight: Flight[Found], error: Exception, wish: Wish) -> bool:
+        """Whether a request has failed since who began it had less time than who joined it."""
+        return (
+            isinstance(error, DeadlineExceeded)
+            and flight.deadline < wish.deadline
+            and self._monotonic() < wish.deadline - TICK
+        )
 
     def _make_do(self, ids: Sequence[str], error: UserServiceError, wish: Wish) -> Found:
         """Return copies where the service could not be reached; raises the error without them.
@@ -450,50 +454,34 @@ class DocumentCache:
 
     def _count_stale(self, documents: int) -> None:
         self._stale += documents
-        tell(self._hook, lambda: CacheEvent(CacheResult.STALE, documents))
+        self._tell(CacheResult.STALE, documents)
+
+    def _tell(self, result: CacheResult, documents: int) -> None:
+        tell(self._hook, lambda: CacheEvent(result, documents))
 
     # Asking the service
 
     def _depart(
-        self, ids: Sequence[str], deadline: Deadline, options: CallOptions, one_by_one: bool
-    ) -> dict[_Flight, list[str]]:
+        self, ids: Sequence[str], deadline: float, options: CallOptions, one_by_one: bool
+    ) -> dict[Flight[Found], list[str]]:
         """Begin requests for these ids, which others may join."""
+        depart = partial(self._flights.depart, deadline, is_shared=not options)
+        if one_by_one:
+            return {depart([i], partial(self._fetch, i, options)): [i] for i in ids}
         turns = asyncio.Semaphore(BATCHES_AT_ONCE)
-        departed: dict[_Flight, list[str]] = {}
-        for some in ([user_id] for user_id in ids) if one_by_one else batches(ids):
-            flight = _Flight(deadline)
-            if one_by_one:
-                request = self._fetch(some[0], flight, options)
-            else:
-                request = self._fetch_many(some, flight, options, turns)
-            flight.task = asyncio.create_task(request, name="user-service-fetch")
-            self._under_way.add(flight.task)
-            flight.task.add_done_callback(partial(self._ended, some, flight))
-            departed[flight] = some
-            if not options:
-                self._flights |= dict.fromkeys(some, flight)
-        return departed
+        return {
+            depart(some, partial(self._fetch_many, some, options, turns)): some
+            for some in batches(ids)
+        }
 
-    def _landed(self, ids: Sequence[str], flight: _Flight) -> None:
-        """Let nobody join a request any more, of these users."""
-        for user_id in ids:
-            if self._flights.get(user_id) is flight:
-                del self._flights[user_id]
-
-    def _ended(self, ids: Sequence[str], flight: _Flight, task: asyncio.Task[Found]) -> None:
-        self._landed(ids, flight)
-        self._under_way.discard(task)
-        if not task.cancelled():
-            task.exception()  # of whom everybody who waited is gone, nobody asks for it
-
-    async def _fetch(self, user_id: str, flight: _Flight, options: CallOptions) -> Found:
+    async def _fetch(self, user_id: str, options: CallOptions, flight: Flight[Found]) -> Found:
         for left in reversed(range(TRIES)):
             if not left:
                 # Of somebody who changes all the time, what is asked for now will do for those who
                 # wait by now.
-                self._landed([user_id], flight)
+                self._flights.landed([user_id], flight)
             held = self._entries.get(user_id)
-            if held is not None and held.epoch != self._epoch:
+            if held is not None and held.epoch != self._floors.epoch:
                 held = None  # only who has not heard of the new epoch yet would confirm it
             floor, asked = self.floor(user_id), self.asking()
             try:
@@ -504,10 +492,10 @@ class DocumentCache:
                 if self.floor(user_id) > floor:
                     continue  # it was created, or changed, while we asked
                 self._find_unknown(user_id, asked)
-                return {user_id: None}
+                return {user_id: Nobody(error.request_id, error.attempts, error.elapsed)}
             if fetched is not None:
                 entry = self._keep(fetched, asked)
-            elif held is not None and self._may_keep(user_id, asked):
+            elif held is not None and self._generations.allow(user_id, asked.generation):
                 entry = self._confirm(held, asked.at)
             else:
                 entry = None
@@ -522,40 +510,30 @@ class DocumentCache:
     async def _fetch_many(
         self,
         ids: Sequence[str],
-        flight: _Flight,
         options: CallOptions,
         turns: asyncio.Semaphore,
+        flight: Flight[Found],
     ) -> Found:
         async with turns:
             asked = self.asking()
-            fetched = await self._source.fetch_many(ids, flight.deadline, options)
-        found = self._keep_new(fetched, asked)
-        doubtful: list[str] = []
-        for user_id in ids:
-            one = fetched.get(user_id)
-            if user_id in found:
-                continue
-            if one is not None:
-                entry = self._keep(one, asked)
-                if entry is not None:
-                    found[user_id] = entry
-                    continue
-                self._overtaken += 1
-            elif not self.floor(user_id):
-                self._find_unknown(user_id, asked)
-                found[user_id] = None
-                continue
-            doubtful.append(user_id)
+            batch = await self._source.fetch_many(ids, flight.deadline, options)
+        found = self._keep_new(batch, asked)
+        doubtful = self._keep_others(ids, batch, asked, found) if len(found) < len(ids) else []
+        if not doubtful:
+            return found
         # What was found is of now: a version may be heard of before the rest has come.
-        self._landed(list(found), flight)
+        self._flights.landed(list(found), flight)
         # A batch cannot say what it must not be older than.
         again_turns = asyncio.Semaphore(DOUBTFUL_AT_ONCE)
 
         async def ask_again(user_id: str) -> Found:
             async with again_turns:
-                return await self._fetch(user_id, flight, options)
+                return await self._fetch(user_id, options, flight)
 
-        for again in await asyncio.gather(*map(ask_again, doubtful)):
+        # All are waited for, or the others would go on by themselves when one has failed.
+        for again in await asyncio.gather(*map(ask_again, doubtful), return_exceptions=True):
+            if isinstance(again, BaseException):
+                raise again
             found |= again
         return found
 
@@ -565,13 +543,9 @@ class DocumentCache:
         second = int(self._monotonic())
         if second != self._refresh_second:
             self._refresh_second, self._refreshed = second, 0
+        room = min(REFRESHES_AT_ONCE - len(self._refreshes), REFRESHES_A_SECOND - self._refreshed)
         wanted = [user_id for user_id in ids if user_id not in self._flights]
-        if (
-            not wanted
-            or len(self._refreshes) >= REFRESHES_AT_ONCE
-            or self._refreshed >= REFRESHES_A_SECOND
-        ):
-            return
+        wanted = wanted[: room if one_by_one else room * MAX_BATCH]
         deadline = self._source.deadline()
         for flight in self._depart(wanted, deadline, CallOptions(), one_by_one):
             self._refreshed += 1
@@ -582,7 +556,7 @@ class DocumentCache:
 
     def asking(self) -> Asked:
         """Return what `keep` is to be told of a request that begins now."""
-        return Asked(self._monotonic(), self._generation)
+        return Asked(self._monotonic(), self._generations.current)
 
     def keep(self, fetched: Fetched, asked: Asked) -> None:
         """Keep what a write through this client, or a read past the cache, has answered."""
@@ -590,14 +564,10 @@ class DocumentCache:
             self.heard_of(fetched.user.id, fetched.user.version, fetched.epoch)
             self._keep(fetched, asked)
 
-    def _may_keep(self, user_id: str, asked: Asked) -> bool:
-        """Whether nothing has ended all copies of a user since something was asked."""
-        return asked.generation >= max(self._cleared_in, self._dropped.get(user_id, 0))
-
     def _keep(self, fetched: Fetched, asked: Asked) -> CachedUser | None:
         """Return what was fetched as a copy, kept if it may be; None if it is outdated."""
         user = fetched.user
-        may_keep = self._may_keep(user.id, asked)
+        may_keep = self._generations.allow(user.id, asked.generation)
         entry = self._copy(fetched, asked.at)
         if not fetched.epoch:
             return entry
@@ -619,29 +589,54 @@ class DocumentCache:
             self._store.put(entry)
         return entry
 
-    def _keep_new(self, fetched: Mapping[str, Fetched], asked: Asked) -> Found:
+    def _keep_new(self, batch: Batch, asked: Asked) -> Found:
         """Keep what of a batch nothing was known of, as `_keep` would, in half the time.
 
         Its copies grow old together: one batch will revalidate them.
         """
         kept: Found = {}
         entries, put = self._entries, self._store.put
+        floors, dropped = self._floors.heard, self._generations.dropped
+        if batch.epoch != self._floors.epoch or asked.generation < self._generations.cleared_in:
+            return kept
         fresh_until = self._fresh_until(asked.at)
-        for user_id, one in fetched.items():
-            if one.epoch != self._epoch or asked.generation < self._cleared_in:
-                break
-            if not (user_id in entries or user_id in self._floors or user_id in self._dropped):
+        for user in batch.users:
+            user_id = user.id
+            if not (user_id in entries or user_id in floors or user_id in dropped):
                 self._unknown.pop(user_id, None)
-                entry = kept[user_id] = CachedUser(one, self, asked.at, fresh_until)
+                entry = kept[user_id] = CachedUser(user, batch, self, asked.at, fresh_until)
                 put(entry)
         return kept
 
+    def _keep_others(
+        self, ids: Sequence[str], batch: Batch, asked: Asked, found: Found
+    ) -> list[str]:
+        """Add to `found` what else a batch says, and return of whom it says what is outdated."""
+        doubtful: list[str] = []
+        users = {user.id: user for user in batch.users}
+        for user_id in ids:
+            if user_id in found:
+                continue
+            user = users.get(user_id)
+            if user is not None:
+                entry = self._keep(Fetched(user, batch.epoch, batch.format, batch.size), asked)
+                if entry is not None:
+                    found[user_id] = entry
+                    continue
+                self._overtaken += 1
+            elif not self.floor(user_id):
+                self._find_unknown(user_id, asked)
+                found[user_id] = NOBODY
+                continue
+            doubtful.append(user_id)
+        return doubtful
+
     def _copy(self, fetched: Fetched, asked_at: float) -> CachedUser:
-        return CachedUser(fetched, self, asked_at, self._fresh_until(asked_at))
+        return CachedUser(fetched.user, fetched, self, asked_at, self._fresh_until(asked_at))
 
     def _confirm(self, held: CachedUser, asked_at: float) -> CachedUser | None:
         """Take a copy for as new as the question was; None if it is outdated by now."""
-        if held.epoch != self._epoch or held.user.version < self.floor(held.user.id):
+        if held.epoch != self._floors.epoch or held.user.version < self.floor(held.user.id):
             return None
         self._confirmed += 1
         self._renew(held, asked_at)
@@ -664,10 +659,7 @@ class DocumentCache:
         if not self._is_current_epoch(epoch):
             return
         self._unknown.pop(user_id, None)
-        known, _ = self._floors.pop(user_id, (0.0, 0.0))
-        now = self._monotonic()
-        self._floors[user_id] = (max(known, version), now)
-        self._forget_floors(now)
+        self._floors.rise(user_id, version)
         entry = self._entries.get(user_id)
         if entry is not None and (entry.user.version < version or entry.epoch != epoch):
             self._store.remove(user_id)
@@ -676,8 +668,7 @@ class DocumentCache:
     def erased(self, user_id: str) -> None:
         """Hear that this client has erased a user, whose id is never used again."""
         self.invalidate(user_id)
-        self._floors.pop(user_id, None)
-        self._floors[user_id] = (math.inf, self._monotonic())
+        self._floors.rise(user_id, math.inf)
         self._remember_unknown(user_id)
 
     def invalidate(self, user_id: str) -> None:
@@ -685,99 +676,51 @@ class DocumentCache:
         if self._store.remove(user_id) is not None:
             self._invalidated += 1
         self._unknown.pop(user_id, None)
-        self._flights.pop(user_id, None)
-        self._generation += 1
-        self._dropped.pop(user_id, None)
-        self._dropped[user_id] = self._generation
-        if len(self._dropped) > MAX_DROPPED:
-            self._cleared_in = self._dropped.pop(next(iter(self._dropped)))
+        self._flights.part_from(user_id)
+        self._generations.drop(user_id)
 
     def clear(self) -> None:
         """Do not believe any copy, nor one that is on its way."""
-        self._keep_nothing_from_before()
+        self._generations.drop_all()
         self._store.clear()
         self._unknown.clear()
-        self._flights.clear()
-
-    def _keep_nothing_from_before(self) -> None:
-        self._generation += 1
-        self._cleared_in = self._generation
-        self._dropped.clear()
-
-    def began(self) -> None:
-        """The stream begins here: it covers what is read from now on."""
-        self._covered_since = self._monotonic() + LAG
-        self._through = self._complete_until = -math.inf
-
-    def complete(self, lag: float) -> None:
-        """The stream has told of all changes until `lag` seconds ago."""
-        self._through = max(self._through, self._monotonic() - max(0.0, lag))
-        self._complete_until = self._through + COMPLETE_FOR
-
-    def interrupted(self) -> None:
-        """The stream is gone: changes are not told of, until it goes on from where it was.
-
-        What it covered is as if it had been validated when it was last complete, or each restart of
-        a server would have all copies revalidated at once.
-        """
-        self._complete_until = min(self._complete_until, self._through + self._options.fresh_for)
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the stream tells of all changes in time."""
-        return self._monotonic() < self._complete_until
+        self._flights.part_from_all()
 
     def reset(self) -> None:
         """Something may have been missed: mark all copies to be revalidated when they are read."""
-        self._valid_from = now = self._monotonic()
-        before = math.nextafter(now, -math.inf)  # the clock of a test stands still
+        before = math.nextafter(self._monotonic(), -math.inf)  # the clock of a test stands still
         for entry in self._entries.values():
-            entry.validated_at = min(before, self._known_good_at(entry))
-        self.began()
+            good_at = self.coverage.known_good_at(entry.validated_at)
+            entry.validated_at = min(before, good_at)
+        self.coverage.reset()
 
     def _is_current_epoch(self, epoch: str) -> bool:
         """Whether `epoch` is the newest that was seen; a new one marks what is of another."""
-        if epoch == self._epoch:
+        if epoch == self._floors.epoch:
             return True
-        now = self._monotonic()
-        # Epochs have no order. Who lags behind says an old one for a second, not for a minute.
-        if now - self._past_epochs.get(epoch, -math.inf) < FLOOR_FOR:
+        if self._floors.is_past(epoch):
             return False
-        self._past_epochs.pop(epoch, None)
-        if self._epoch is not None:
-            self._past_epochs[self._epoch] = now
-            if len(self._past_epochs) > MAX_PAST_EPOCHS:
-                del self._past_epochs[next(iter(self._past_epochs))]
+        if self._floors.begin(epoch):
             _log.warning("the service has a new epoch: all copies are revalidated")
-            # Versions of another epoch say nothing of this one's.
-            self._floors.clear()
             self._unknown.clear()
-            self._flights.clear()
-            self._keep_nothing_from_before()
+            self._flights.part_from_all()
+            self._generations.drop_all()
             self.reset()
-        self._epoch = epoch
         return True
 
     def epoch_is(self, epoch: str) -> None:
         """Hear from the stream of the epoch that the service is in, whatever others have said."""
-        self._past_epochs.pop(epoch, None)
+        self._floors.recall(epoch)
         self._is_current_epoch(epoch)
 
     @property
     def epoch(self) -> str | None:
         """The newest epoch that was seen."""
-        return self._epoch
+        return self._floors.epoch
 
     def floor(self, user_id: str) -> int:
         """Return the version below which no copy of a user is believed."""
-        version, _ = self._floors.get(user_id, (0.0, 0.0))
-        return ABOVE_ALL if version == math.inf else int(version)
-
-    def _forget_floors(self, now: float) -> None:
-        # Two at a time, the oldest first: as fast as they come, and no pause for all of them.
-        for user_id, (_, at) in list(islice(self._floors.items(), 2)):
-            if at < now - FLOOR_FOR or len(self._floors) > MAX_FLOORS:
-                del self._floors[user_id]
+        return self._floors.of(user_id)
 
     def _is_unknown(self, user_id: str) -> bool:
         until = self._unknown.get(user_id)
@@ -789,7 +732,7 @@ class DocumentCache:
         return False
 
     def _find_unknown(self, user_id: str, asked: Asked) -> None:
-        if self._may_keep(user_id, asked):
+        if self._generations.allow(user_id, asked.generation):
             self._store.remove(user_id)
             self._remember_unknown(user_id)
 
@@ -820,13 +763,9 @@ class DocumentCache:
 
     async def aclose(self) -> None:
         """End what is under way."""
-        tasks = list(self._under_way)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._flights.aclose()
 
     def _let_go(self) -> None:
         """Forget requests of an event loop that is over."""
-        self._flights.clear()
-        self._under_way.clear()
+        self._flights.let_go()
         self._refreshes.clear()

@@ -27,7 +27,7 @@ from user_service_schemas import MAX_BATCH, Request
 
 from user_service_client._answers import Answer
 from user_service_client._clock import Clock
-from user_service_client._deadline import Deadline, seconds_left_in_scope
+from user_service_client._deadline import seconds_left_in_scope
 from user_service_client._loops import Home
 from user_service_client._retry import (
     Breaker,
@@ -39,7 +39,7 @@ from user_service_client._retry import (
     leaves_in_doubt,
     try_again,
 )
-from user_service_client._transport import Attempt, Transport
+from user_service_client._transport import Attempt, Outgoing, Transport
 from user_service_client.errors import (
     ApiError,
     CircuitOpen,
@@ -122,7 +122,7 @@ class Call:
         held: The ETag of a copy that a 304 can confirm.
         accepts: Statuses beside 2xx that are answers, and no errors.
         min_version: The version below which a server's own copy is not to be believed.
-        deadline: When it must have ended, where somebody else may put that off.
+        deadline: When it must have ended, by the client's clock, where `timeout` does not say it.
     """
 
     operation: str
@@ -139,7 +139,7 @@ class Call:
     held: str | None = None
     accepts: frozenset[int] = frozenset()
     min_version: int = 0
-    deadline: Deadline | None = None
+    deadline: float | None = None
 
 
 class _Run:
@@ -163,7 +163,7 @@ class _Run:
         self,
         call: Call,
         headers: MutableMapping[str, str],
-        deadline: Deadline,
+        deadline: float,
         retries: int,
         *,
         started: float,
@@ -187,7 +187,6 @@ class Calls:
 
     def __init__(
         self,
-        base_url: str,
         *,
         api_key: ApiKey | None,
         timeout: float,
@@ -202,7 +201,6 @@ class Calls:
         # With the first client, and not at the first failure, when time is short: it takes 30 ms.
         import tenacity  # noqa: F401, PLC0415
 
-        self._base = _checked_base_url(base_url)
         self._api_key = _checked_key(api_key) if isinstance(api_key, str) else api_key
         self._timeout = timeout
         self._attempt_timeout = attempt_timeout
@@ -216,22 +214,22 @@ class Calls:
         self._budget = Budget()
         self.breaker = Breaker(clock)
         self._every_header = {
-            "Host": self._base.netloc.decode("ascii"),
+            "Host": transport.host,
             "Accept": "application/json",
             "User-Agent": f"user-service-client/{version('user-service-client')}",
         }
 
-    def deadline(self, timeout: float | None) -> Deadline:
+    def deadline(self, timeout: float | None) -> float:
         """Return the deadline of a call that begins now."""
         seconds = self._timeout if timeout is None else timeout
-        left = seconds_left_in_scope()
+        left = seconds_left_in_scope(self._clock.monotonic)
         if left is not None:
             seconds = min(seconds, left)
-        return Deadline(self._clock.monotonic() + seconds)
+        return self._clock.monotonic() + seconds
 
-    def deadline_of_its_own(self) -> Deadline:
+    def deadline_of_its_own(self) -> float:
         """Return the deadline of a call that begins now, and belongs to nobody's scope."""
-        return Deadline(self._clock.monotonic() + self._timeout)
+        return self._clock.monotonic() + self._timeout
 
     async def send(self, call: Call) -> Answer:
         """Make `call` and return the answer: a success, or what the call `accepts`.
@@ -243,7 +241,7 @@ class Calls:
         run = _Run(
             call,
             self._headers(call),
-            call.deadline or self.deadline(call.timeout),
+            self.deadline(call.timeout) if call.deadline is None else call.deadline,
             self._retries if call.retries is None else call.retries,
             started=self._clock.monotonic(),
             closings=self._transport.closings,
@@ -272,7 +270,7 @@ class Calls:
             if attempt > run.retries or run.closings != self._transport.closings:
                 return None
             delay = delay_after(error, attempt)
-            if self._clock.monotonic() + delay >= run.deadline.at:
+            if self._clock.monotonic() + delay >= run.deadline:
                 return None
             run.paid = self._budget.take(error)
             if not run.paid:
@@ -291,7 +289,7 @@ class Calls:
         """Make one attempt; returns what it failed with, or keeps the answer."""
         self._home.enter()  # each time: others may have used it elsewhere since the one before
         started = self._clock.monotonic()
-        limit = min(self._attempt_timeout, run.deadline.at - started)
+        limit = min(self._attempt_timeout, run.deadline - started)
         if limit <= 0:
             return self._out_of_time(run)
         admission = self.breaker.admit()
@@ -311,22 +309,28 @@ class Calls:
                 failed = None  # the caller's time was up: that says nothing of the service
         finally:
             self.breaker.ended(admission, failed)
-            tell(
-                self._hooks.attempt,
-                lambda: AttemptEvent(
-                    operation=run.call.operation,
-                    attempt=run.attempts,
-                    status=status,
-                    error=type(error).__name__ if error and not status else None,
-                    elapsed=self._clock.monotonic() - started,
-                    request_id=run.request_id,
-                ),
-            )
+            self._tell(run, status, error, started)
         if error is None:
             self._budget.succeeded(run.paid)
         elif error.maybe_processed:
             run.maybe_processed = True
         return error
+
+    def _tell(
+        self, run: _Run, status: int | None, error: UserServiceError | None, started: float
+    ) -> None:
+        # Apart: what a lambda refers to is an object of its own, for as long as an attempt waits.
+        tell(
+            self._hooks.attempt,
+            lambda: AttemptEvent(
+                operation=run.call.operation,
+                attempt=run.attempts,
+                status=status,
+                error=type(error).__name__ if error and not status else None,
+                elapsed=self._clock.monotonic() - started,
+                request_id=run.request_id,
+            ),
+        )
 
     async def _exchange(self, run: _Run, attempt: Attempt, limit: float) -> UserServiceError | None:
         call = run.call
@@ -339,8 +343,8 @@ class Calls:
                     headers["Authorization"] = f"Bearer {await self._key(self._api_key)}"
                 number = run.attempts
                 with self._tracing.attempt(call.operation, number, call.method, headers) as told:
-                    request = self._request(call, headers, limit)
-                    reply = await self._transport.send(request, attempt)
+                    request = _request(call, headers)
+                    reply = await self._transport.send(request, limit, attempt)
                     told(reply.status)
         except UserServiceError as error:
             return self._in_time(run, error)
@@ -359,19 +363,19 @@ class Calls:
         answer = run.answer = Answer(call.operation, reply, run.request_id, run.attempts, elapsed)
         if answer.is_success or answer.status in call.accepts:
             return None
-        refused = answer.error()
+        refused = answer.error(self._clock.now())
         refused.maybe_processed = leaves_in_doubt(refused)
         return refused
 
     def _in_time(self, run: _Run, error: UserServiceError) -> UserServiceError:
         """Return the error of an attempt, or that the time of the whole call was up with it."""
-        if self._clock.monotonic() < run.deadline.at - TICK:
+        if self._clock.monotonic() < run.deadline - TICK:
             return error
         run.maybe_processed = run.maybe_processed or error.maybe_processed
         return self._out_of_time(run)
 
     def _out_of_time(self, run: _Run) -> DeadlineExceeded:
-        timeout = max(0.0, run.deadline.at - run.started)  # it may have begun too late
+        timeout = max(0.0, run.deadline - run.started)  # it may have begun too late
         sent = "maybe processed" if run.maybe_processed else "not sent"
         return DeadlineExceeded(
             f"{run.call.operation}: no answer within {timeout:.3g} s, {sent}"
@@ -405,11 +409,12 @@ class Calls:
         if self._api_key is not None and "Authorization" not in headers:
             headers["Authorization"] = f"Bearer {await self._key(self._api_key)}"
         attempt = Attempt(call.operation, headers["X-Request-ID"])
-        request = self._request(call, headers, None)
+        request = _request(call, headers)
         async with self._transport.stream(request, attempt) as response:
             if response.status_code != 200:
                 await response.aread()
-                raise Answer.of(call.operation, response, attempt.request_id).error()
+                answer = Answer.of(call.operation, response, attempt.request_id)
+                raise answer.error(self._clock.now())
             yield response
 
     def _headers(self, call: Call) -> MutableMapping[str, str]:
@@ -431,30 +436,20 @@ class Calls:
         made.update(call.headers)
         return made
 
-    def _request(
-        self, call: Call, headers: MutableMapping[str, str], limit: float | None
-    ) -> httpx.Request:
-        query = urlencode(call.params) if call.params else None
-        body = b"" if call.body is None else msgspec.json.encode(call.body)
-        if body:
-            headers["Content-Length"] = str(len(body))
-        # Given as a stream, with all headers there, it takes 8 µs less: httpx looks for nothing.
-        request = httpx.Request(
-            call.method,
-            _url_below(self._base, call.path, query),
-            headers=headers,
-            stream=httpx.ByteStream(body),
-            extensions={"timeout": self._transport.limits(limit)},
-        )
-        request.read()
-        return request
-
     @staticmethod
     async def _key(key: ApiKey) -> str:
         if isinstance(key, str):
             return key
         made = key()
         return _checked_key(made if isinstance(made, str) else await made)
+
+
+def _request(call: Call, headers: MutableMapping[str, str]) -> Outgoing:
+    target = f"{call.path}?{urlencode(call.params)}" if call.params else call.path
+    body = b"" if call.body is None else msgspec.json.encode(call.body)
+    if body:
+        headers["Content-Length"] = str(len(body))
+    return Outgoing(call.method, target, headers, body)
 
 
 def _reason(error: UserServiceError) -> str:
@@ -503,31 +498,6 @@ def page_params(page_size: int | None, cursor: str | None) -> dict[str, str]:
     """Return the query of a page of a keyset listing."""
     size = {} if page_size is None else {"limit": str(page_size)}
     return size if cursor is None else {**size, "cursor": cursor}
-
-
-def _checked_base_url(base_url: str) -> httpx.URL:
-    url = httpx.URL(base_url)
-    if url.scheme not in {"http", "https"} or not url.host:
-        raise ValueError("base_url must be an http or https URL with a host")
-    if url.userinfo or url.query or url.fragment:
-        raise ValueError("base_url must have no user, query or fragment; keys go to api_key")
-    return httpx.URL(base_url.rstrip("/"))
-
-
-def _url_below(base: httpx.URL, path: str, query: str | None) -> httpx.URL:
-    """Return `base` followed by a path and a query, of which all is escaped that must be.
-
-    httpx would parse and check all of it again, which is a fourth of what a call costs.
-    """
-    url = httpx.URL(base)
-    try:
-        parts = url._uri_reference
-        path = parts.path.removesuffix("/") + path
-        url._uri_reference = parts._replace(path=path, query=query)
-    except AttributeError:  # a later httpx may keep its parts elsewhere
-        rest = path if query is None else f"{path}?{query}"
-        return httpx.URL(f"{base}".removesuffix("/") + rest)
-    return url
 
 
 def _checked_key(key: str) -> str:

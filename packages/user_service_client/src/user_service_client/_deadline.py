@@ -1,13 +1,34 @@
-"""Until when a call must have ended, and a deadline for all calls of a piece of work."""
+"""A deadline for all calls of a piece of work."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-_ends_at: ContextVar[float | None] = ContextVar("user_service_deadline", default=None)
+
+class _Scope:
+    """A deadline by every clock that asks: it began now, by any other clock when that first asks.
+
+    A clock other than the machine's is one that only tests move, and not between the two.
+    """
+
+    __slots__ = ("_ends", "_outer", "_seconds")
+
+    def __init__(self, seconds: float, outer: _Scope | None) -> None:
+        self._seconds = seconds
+        self._outer = outer
+        self._ends = {time.monotonic: time.monotonic() + seconds}
+
+    def left(self, monotonic: Callable[[], float]) -> float:
+        """Return the seconds that are left, of the scopes around it, too."""
+        now = monotonic()
+        left = self._ends.setdefault(monotonic, now + self._seconds) - now
+        return left if self._outer is None else min(left, self._outer.left(monotonic))
+
+
+_scope: ContextVar[_Scope | None] = ContextVar("user_service_deadline", default=None)
 
 
 @contextmanager
@@ -20,35 +41,20 @@ def deadline_scope(seconds: float) -> Iterator[None]:
             user = await client.users.get(user_id)
             await client.devices.register(user.id, token=token, platform="ios")
 
+    Time is that of each client's clock. By a clock that a test moves, the scope begins with the
+    first call inside.
+
     Args:
         seconds: From now.
     """
-    ends_at = time.monotonic() + seconds
-    outer = _ends_at.get()
-    token = _ends_at.set(ends_at if outer is None else min(outer, ends_at))
+    token = _scope.set(_Scope(seconds, _scope.get()))
     try:
         yield
     finally:
-        _ends_at.reset(token)
+        _scope.reset(token)
 
 
-def seconds_left_in_scope() -> float | None:
-    """Return what is left of the scope, or None outside of one."""
-    ends_at = _ends_at.get()
-    return None if ends_at is None else ends_at - time.monotonic()
-
-
-class Deadline:
-    """When a call must have ended, by the clock of its client.
-
-    It can be put off: a read that others join must last as long as the most patient of them.
-    """
-
-    __slots__ = ("at",)
-
-    def __init__(self, at: float) -> None:
-        self.at = at
-
-    def put_off(self, at: float) -> None:
-        """Let it be no sooner than `at`."""
-        self.at = max(self.at, at)
+def seconds_left_in_scope(monotonic: Callable[[], float]) -> float | None:
+    """Return what is left of the scope by a client's clock, or None outside of one."""
+    scope = _scope.get()
+    return None if scope is None else scope.left(monotonic)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Unpack, overload
 from uuid import UUID
@@ -21,7 +21,7 @@ from user_service_schemas import (
     is_decidable,
 )
 
-from user_service_client._cache import DocumentCache, Use, Wish
+from user_service_client._cache import CachedUser, DocumentCache, Nobody, Use, Wish
 from user_service_client._calls import (
     Call,
     Calls,
@@ -32,7 +32,13 @@ from user_service_client._calls import (
     shared_wishes,
 )
 from user_service_client._clock import Clock
-from user_service_client.errors import Invalid
+from user_service_client.errors import DecodeError, Invalid
+
+TRIES = 3
+"""How often the service is asked that decides on what is outdated."""
+PAUSE = 0.05
+"""Seconds before it is asked again, and twice as many the next time: servers lag behind one another
+by 20 ms."""
 
 _DECISIONS = msgspec.json.Decoder(Envelope[tuple[Decision, ...]])
 
@@ -77,6 +83,7 @@ class Deliveries:
         self._calls = calls
         self._cache = cache
         self._now = clock.now
+        self._sleep = clock.sleep
 
     @overload
     async def resolve(  # type: ignore[overload-overlap]  # a str is an Iterable[str], and one id
@@ -138,6 +145,7 @@ class Deliveries:
 
         Raises:
             Invalid: what is asked for is not for senders to ask, such as an unknown category.
+            DecodeError: the service has to decide, and does so on what is outdated.
         """
         question = _Question(
             channel, at or self._now(), category, priority, app and app.strip(), explain
@@ -160,41 +168,65 @@ class Deliveries:
     ) -> list[Decision]:
         unique = list(dict.fromkeys(ids))
         found = await self._cache.read_many(unique, wish, one_by_one=one_by_one)
-        users = {i: None if entry is None else entry.user for i, entry in found.items()}
-        # Of other rules than are known here, only the service knows what they say.
-        foreign = [i for i, user in users.items() if user is not None and not is_decidable(user)]
-        decisions = await self._ask(foreign, question, wish) if foreign else {}
-        for user_id, user in users.items():
-            if user_id not in decisions:
-                decisions[user_id] = question.answer(user, user_id)
+        decisions: dict[str, Decision] = {}
+        foreign: dict[str, CachedUser] = {}
+        for user_id, entry in found.items():
+            if isinstance(entry, Nobody):
+                decisions[user_id] = question.answer(None, user_id)
+            elif is_decidable(entry.user):
+                decisions[user_id] = question.answer(entry.user, user_id)
+            else:  # of other rules than are known here, only the service knows what they say
+                foreign[user_id] = entry
+        if foreign:
+            decisions |= await self._ask(foreign, question, wish)
         return [decisions[user_id] for user_id in ids]
 
     async def _ask(
-        self, ids: Sequence[str], question: _Question, wish: Wish
+        self, held: Mapping[str, CachedUser], question: _Question, wish: Wish
     ) -> dict[str, Decision]:
-        """Let the service decide."""
+        """Let the service decide, on no older versions than are known here."""
         decisions: dict[str, Decision] = {}
-        for some in batches(ids):
-            body = ResolveDeliveries(
-                channel=question.channel,
-                user_ids=some,
-                category=question.category,
-                app=question.app,
-                priority=question.priority,
-                at=question.at,
-                explain=question.explain,
-            )
-            call = Call(
-                "deliveries.resolve",
-                "POST",
-                "/api/v1/deliveries/resolve",
-                body=body,
-                deadline=wish.deadline,
-                **wish.options,
-            )
-            answered = (await self._calls.send(call)).data(_DECISIONS)
-            decisions |= dict(zip(some, answered, strict=True))
-        return decisions
+        for attempt in range(TRIES):
+            if attempt:
+                await self._sleep(PAUSE * attempt)
+            for some in batches([user_id for user_id in held if user_id not in decisions]):
+                for decision in await self._asked(some, question, wish):
+                    if self._is_current(decision, held):
+                        decisions[decision.user_id] = decision
+            if len(decisions) == len(held):
+                return decisions
+        # Or what is held is of an epoch that has ended, which the next read will tell.
+        for user_id in held.keys() - decisions.keys():
+            self._cache.invalidate(user_id)
+        raise DecodeError("deliveries.resolve: the service decides on what is outdated")
+
+    async def _asked(self, ids: list[str], question: _Question, wish: Wish) -> tuple[Decision, ...]:
+        body = ResolveDeliveries(
+            channel=question.channel,
+            user_ids=ids,
+            category=question.category,
+            app=question.app,
+            priority=question.priority,
+            at=question.at,
+            explain=question.explain,
+        )
+        call = Call(
+            "deliveries.resolve",
+            "POST",
+            "/api/v1/deliveries/resolve",
+            body=body,
+            deadline=wish.deadline,
+            **wish.options,
+        )
+        return (await self._calls.send(call)).data(_DECISIONS)
+
+    def _is_current(self, decision: Decision, held: Mapping[str, CachedUser]) -> bool:
+        """Whether a decision is on what is held, or newer; of who is gone, there is no version."""
+        entry = held.get(decision.user_id)
+        if entry is None or decision.version is None:
+            return entry is not None
+        known = entry.user.version if entry.epoch == self._cache.epoch else 0
+        return decision.version >= max(known, self._cache.floor(decision.user_id))
 
     def decide(
         self,

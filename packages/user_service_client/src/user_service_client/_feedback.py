@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from typing import Unpack
 
@@ -19,6 +20,9 @@ from user_service_schemas import (
 )
 
 from user_service_client._calls import Call, Calls, CreateOptions, batches
+
+MAX_KEY = 255
+"""Characters of an idempotency key."""
 
 _RESULTS = msgspec.json.Decoder(Envelope[tuple[FeedbackResult, ...]])
 
@@ -55,7 +59,7 @@ class Feedback:
         results: list[FeedbackResult] = []
         for number, some in enumerate(batches(list(items))):
             if key is not None and number:  # each request is a write of its own
-                options["idempotency_key"] = f"{key}.{number}"
+                options["idempotency_key"] = _key_of_part(key, number)
             body = ReportFeedback(items=some)
             call = Call(
                 "feedback.report", "POST", "/api/v1/feedback", body=body, is_write=True, **options
@@ -63,3 +67,11 @@ class Feedback:
             answered = (await self._calls.send(call)).data(_RESULTS)
             results.extend(answered)
         return tuple(results)
+
+
+def _key_of_part(key: str, number: int) -> str:
+    """Return the key of a further request: always the same one, and no longer than one may be."""
+    made = f"{key}.{number}"
+    if len(made) <= MAX_KEY:
+        return made
+    return f"{hashlib.sha256(key.encode()).hexdigest()}.{number}"

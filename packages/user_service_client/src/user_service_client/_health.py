@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import msgspec
 from user_service_schemas import Envelope, Health
 
@@ -11,11 +13,15 @@ from user_service_client.errors import DecodeError
 _HEALTH = msgspec.json.Decoder(Envelope[Health])
 
 
-def read_health(answer: Answer) -> Health:
-    """Return what the service says, also when that is a 503 with which it says `unhealthy`."""
+def read_health(answer: Answer, now: datetime) -> Health:
+    """Return what the service says, also when that is a 503 with which it says `unhealthy`.
+
+    Raises:
+        ServerError: a proxy answered; `now` is what its `Retry-After` is compared with.
+    """
     try:
         return answer.data(_HEALTH)
     except DecodeError:
         if answer.status == 503:  # a proxy's, which says nothing of the dependencies
-            raise answer.error() from None
+            raise answer.error(now) from None
         raise

@@ -10,8 +10,8 @@ import asyncio
 import logging
 import os
 import random
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from user_service_schemas import Change, Heartbeat, Reset
 from user_service_client._cache import DocumentCache
 from user_service_client._calls import Call, Calls
 from user_service_client._clock import Clock
+from user_service_client._coverage import Lateness
 from user_service_client._loops import Home
 from user_service_client.errors import (
     BadRequest,
@@ -56,7 +57,7 @@ class Event(NamedTuple):
     id: str
 
 
-async def read_events(chunks: AsyncIterator[bytes]) -> AsyncIterator[Event]:
+async def read_events(chunks: AsyncIterator[bytes]) -> AsyncGenerator[Event]:
     """Yield the events of a stream, as far as a service sends them: comments are passed over.
 
     Raises:
@@ -109,6 +110,7 @@ class LiveUpdates:
         self._clock = clock
         self._hook = hooks.stream
         self._cursor = ""
+        self._lateness = Lateness()
         self._task: asyncio.Task[None] | None = None
         self._pid = 0
         self._state = StreamState.OFF
@@ -119,7 +121,7 @@ class LiveUpdates:
     @property
     def status(self) -> ClientStatus:
         """Whether it hears of changes, and since when."""
-        is_complete = self._state is StreamState.LIVE and self._cache.is_complete
+        is_complete = self._state is StreamState.LIVE and self._cache.coverage.is_complete
         return ClientStatus(self._state, self._since, is_complete)
 
     @property
@@ -138,11 +140,13 @@ class LiveUpdates:
         while self._task is asyncio.current_task():
             heard = False
             reason = "ended"
+            self._lateness = Lateness()  # the next connection may lead to another machine
             try:
-                async for event in self._events():
-                    if not heard:
-                        heard, delay, is_refused = True, FIRST_DELAY, False
-                    self._take(event)
+                async with aclosing(self._events()) as events:
+                    async for event in events:
+                        if not heard:
+                            heard, delay, is_refused = True, FIRST_DELAY, False
+                        self._take(event)
             except BadRequest as error:
                 # A cursor that this service cannot read: what came since is not known.
                 self._reset("", error.code or "bad_request")
@@ -156,13 +160,13 @@ class LiveUpdates:
             except Exception:  # noqa: BLE001 - nobody else would ever follow the stream again
                 _log.exception("the stream of changes has failed")
                 reason = "failure"
-            self._cache.interrupted()
+            self._cache.coverage.interrupted()
             if self._state is StreamState.LIVE:
                 self._come_to(StreamState.INTERRUPTED, reason)
             await self._clock.pause(delay * random.uniform(0.5, 1))  # noqa: S311 - no secret
             delay = min(MAX_DELAY, delay * 2)
 
-    async def _events(self) -> AsyncIterator[Event]:
+    async def _events(self) -> AsyncGenerator[Event]:
         headers = {"Accept": "text/event-stream"}
         if self._cursor:
             headers["Last-Event-ID"] = self._cursor
@@ -170,10 +174,12 @@ class LiveUpdates:
         async with AsyncExitStack() as stack:
             beginning = stack.enter_async_context(self._calls.stream(call))
             response = await self._clock.wait_for(beginning, PATIENCE)
-            async for event in read_events(self._unless_silent(response.aiter_bytes())):
+            chunks = aclosing(self._unless_silent(response.aiter_bytes()))
+            events = aclosing(read_events(await stack.enter_async_context(chunks)))
+            async for event in await stack.enter_async_context(events):
                 yield event
 
-    async def _unless_silent(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async def _unless_silent(self, chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
         with suppress(StopAsyncIteration):
             while True:
                 yield await self._clock.wait_for(anext(chunks), SILENCE)
@@ -185,8 +191,10 @@ class LiveUpdates:
             heartbeat = _decode_heartbeat(event.data)
             if event.name == "ready":
                 self._hear_of_epoch(event.id)
-                self._cache.began()
-            self._cache.complete((heartbeat.now - heartbeat.through).total_seconds())
+                self._cache.coverage.began()
+            late = self._lateness.of(heartbeat.now, heard=self._clock.monotonic())
+            lag = (heartbeat.now - heartbeat.through).total_seconds()
+            self._cache.coverage.complete(lag + late)
         elif event.name == "reset":
             self._hear_of_epoch(event.id)
             self._reset(event.id, _decode_reset(event.data).reason)
@@ -222,7 +230,7 @@ class LiveUpdates:
     def _let_go(self) -> None:
         """Forget the task of another event loop; the next goes on from the cursor."""
         task, self._task = self._task, None
-        self._cache.interrupted()
+        self._cache.coverage.interrupted()
         # A loop that stands still may go on one day; of a fork's parent, it is the parent's.
         if task is not None and self._pid == os.getpid() and not task.get_loop().is_closed():
             task.get_loop().call_soon_threadsafe(task.cancel)
@@ -238,6 +246,6 @@ class LiveUpdates:
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        self._cache.interrupted()
+        self._cache.coverage.interrupted()
         if self._state is not StreamState.OFF:
             self._come_to(StreamState.OFF, "closed")

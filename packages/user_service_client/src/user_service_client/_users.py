@@ -22,7 +22,17 @@ from user_service_schemas import (
 )
 
 from user_service_client._answers import Answer
-from user_service_client._cache import Asked, CachedUser, DocumentCache, Fetched, Tag, Use, Wish
+from user_service_client._cache import (
+    Asked,
+    Batch,
+    CachedUser,
+    DocumentCache,
+    Fetched,
+    Nobody,
+    Tag,
+    Use,
+    Wish,
+)
 from user_service_client._calls import (
     Call,
     CallOptions,
@@ -35,7 +45,6 @@ from user_service_client._calls import (
     shared_wishes,
     user_path,
 )
-from user_service_client._deadline import Deadline
 from user_service_client._writes import Writes
 
 DOCUMENT_TAG = "X-Document-Tag"
@@ -46,20 +55,7 @@ _NOTHING_ELSE: frozenset[int] = frozenset()
 _USER = msgspec.json.Decoder(Envelope[User])
 _FOUND = msgspec.json.Decoder(Envelope[FoundUsers])
 _PAGE = msgspec.json.Decoder(Envelope[Page[User]])
-_decode_user = msgspec.json.Decoder(User).decode
-
-
-def _decode_users(documents: Iterable[msgspec.Raw]) -> list[User]:
-    return [_decode_user(document) for document in documents]
-
-
-class _RawBatch(msgspec.Struct):
-    """A batch whose documents are decoded one by one, each of known size."""
-
-    users: tuple[msgspec.Raw, ...]
-
-
-_BATCH = msgspec.json.Decoder(Envelope[_RawBatch])
+_BATCH = msgspec.json.Decoder(Envelope[BatchOfUsers])
 
 
 class DocumentSource:
@@ -73,7 +69,7 @@ class DocumentSource:
         user_id: str,
         held: CachedUser | None,
         floor: int,
-        deadline: Deadline,
+        deadline: float,
         options: CallOptions,
     ) -> Fetched | None:
         """Read one user; see `Source`."""
@@ -91,9 +87,7 @@ class DocumentSource:
         answer = await self._calls.send(call)
         return None if answer.status == 304 else fetched_user(answer)
 
-    async def fetch_many(
-        self, ids: Sequence[str], deadline: Deadline, options: CallOptions
-    ) -> dict[str, Fetched]:
+    async def fetch_many(self, ids: Sequence[str], deadline: float, options: CallOptions) -> Batch:
         """Read up to 1000 users; see `Source`."""
         call = Call(
             "users.get_many",
@@ -107,15 +101,10 @@ class DocumentSource:
         answer = await self._calls.send(call)
         tag = answer.reply.headers.get(DOCUMENT_TAG, "")
         epoch, form = map(intern, tag.partition(".")[::2])
-        documents = answer.data(_BATCH).users
-        users = answer.decoded(_decode_users, documents)
-        sizes = map(len, documents)
-        return {
-            user.id: Fetched(user, epoch, form, size)
-            for user, size in zip(users, sizes, strict=True)
-        }
+        users = answer.data(_BATCH).users
+        return Batch(users, epoch, form, len(answer.reply.body) // max(1, len(users)))
 
-    def deadline(self) -> Deadline:
+    def deadline(self) -> float:
         """Return the deadline of a read for which nobody waits."""
         return self._calls.deadline_of_its_own()
 
@@ -205,10 +194,10 @@ class Users:
         wish = self._wish(max_stale, timeout, retries, headers)
         found = await self._cache.read_many(unique, wish)
         entries = [found[user_id] for user_id in unique]
-        users = [entry.user for entry in entries if entry is not None]
+        users = [entry.user for entry in entries if isinstance(entry, CachedUser)]
         missing: list[str] = []
         if len(users) < len(entries):
-            missing = [user_id for user_id in unique if found[user_id] is None]
+            missing = [user_id for user_id in unique if isinstance(found[user_id], Nobody)]
         return BatchOfUsers(users=tuple(users), missing=tuple(missing))
 
     def _wish(

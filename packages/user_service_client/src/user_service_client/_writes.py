@@ -10,7 +10,6 @@ from user_service_schemas import ErrorCode, Request
 from user_service_client._answers import Answer
 from user_service_client._cache import DocumentCache, Tag
 from user_service_client._calls import Call, Calls, Id, WriteOptions, id_text, user_path
-from user_service_client._deadline import Deadline
 from user_service_client.errors import (
     ApiError,
     MaybeProcessed,
@@ -42,7 +41,7 @@ class Writes:
     ) -> Answer:
         """Write at the path of a user, or at `rest` below it, and return the answer."""
         subject = id_text(user_id)
-        deadline: Deadline | None = None
+        deadline: float | None = None
         if isinstance(options.get("if_version"), int):  # there may be a read before
             deadline = self._calls.deadline(options.get("timeout"))
         call = Call(
@@ -69,7 +68,7 @@ class Writes:
         return self._cache.floor(id_text(user_id))
 
     async def _condition(
-        self, user_id: str, options: WriteOptions, deadline: Deadline | None
+        self, user_id: str, options: WriteOptions, deadline: float | None
     ) -> str | None:
         version = options.get("if_version")
         if version is None or isinstance(version, str):

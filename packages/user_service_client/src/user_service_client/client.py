@@ -101,13 +101,12 @@ class UserServiceClient:
         transport: httpx.AsyncBaseTransport | TransportFactory | None = None,
         clock: Clock | None = None,
     ) -> None:
-        if min(timeout, attempt_timeout) <= 0 or retries < 0:
+        if not (timeout > 0 and attempt_timeout > 0 and retries >= 0):  # nor NaN
             raise ValueError("timeouts must be above 0, and retries not below")
-        clock = clock or SystemClock()
+        self._clock = clock = clock or SystemClock()
         self._home = home = Home()
-        self._transport = Transport(transport, home)
+        self._transport = Transport(base_url, transport, home)
         calls = Calls(
-            base_url,
             api_key=api_key,
             timeout=timeout,
             attempt_timeout=attempt_timeout,
@@ -146,7 +145,7 @@ class UserServiceClient:
             ServerError: a proxy answered, and not the service.
         """
         call = Call("health", "GET", "/health", accepts=_UNHEALTHY, **options)
-        return read_health(await self._calls.send(call))
+        return read_health(await self._calls.send(call), self._clock.now())
 
     async def aclose(self) -> None:
         """Close the connections and end what is under way. The client can be used again."""

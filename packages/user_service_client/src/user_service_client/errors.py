@@ -37,7 +37,7 @@ class UserServiceError(Exception):
             None where the service itself did not answer.
         request_id: What to look for in the service's logs; also known where no answer came.
         status: The HTTP status, None where no answer came.
-        attempts: How often the service was asked.
+        attempts: How often the service was asked; 0 where the client knew by itself.
         elapsed: Seconds from the start of the call.
         maybe_processed: Whether a write may have happened: an attempt left, and what became of it
             is not known. Repeat it with the same `idempotency_key`, and it happens once.
@@ -168,7 +168,11 @@ class Forbidden(ApiError):
 
 
 class NotFound(ApiError):
-    """404: `user_not_found`, `device_not_found`, or a route that this server does not have."""
+    """404: `user_not_found`, `device_not_found`, or a route that this server does not have.
+
+    The client remembers for 5 s that nobody has an id: then nobody was asked, `attempts` is 0, and
+    there is no request id.
+    """
 
 
 class Conflict(ApiError):

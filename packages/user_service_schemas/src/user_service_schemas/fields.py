@@ -34,7 +34,7 @@ Email: TypeAlias = Annotated[
     Meta(
         min_length=3,
         max_length=254,
-        pattern=r"^[^@\s]+@[^@\s]+$",
+        pattern=r"^[^@\s\ufeff]+@[^@\s\ufeff]+$",  # in other dialects `\s` has U+FEFF, too
         description="An email address (RFC 5321, RFC 6531), shown as it was written.",
         extra={"expected": "an email address of at most 254 characters"},
         extra_json_schema={"format": "email"},

@@ -10,14 +10,17 @@ from ._base import Response, freeze
 
 
 class Dependency(Response, frozen=True):
-    """One thing the service stands on: `up` or `down`, and how long it took to answer, in ms."""
+    """One thing the service stands on: `up` or `down`, and how long it took to answer, in ms.
+
+    A replica of Postgres may be `behind`, too: it answers, and what it shows is too old.
+    """
 
     status: str
     latency_ms: float | None
 
 
 class Health(Response, frozen=True):
-    """`healthy`, `degraded` (no Redis: reads come from Postgres) or `unhealthy` (no Postgres)."""
+    """`healthy`, `degraded` (no Redis or no replica: reads come from Postgres) or `unhealthy`."""
 
     status: str
     version: str

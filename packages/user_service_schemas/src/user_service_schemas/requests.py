@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from itertools import islice
 from types import SimpleNamespace, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -24,6 +25,10 @@ VERBATIM = frozenset({"password", "current_password"})
 BODY = "body"
 """The `field` of an error that concerns the request as a whole."""
 
+MAX_VALUES = 100_000
+"""How many values a body may have. A thousand reports, the most that is meant, are 10,000, those
+inside of web-push subscriptions counted; to read a million takes the event loop half a second."""
+
 MAX_ERRORS = 100
 """How many bad fields are named: a body can have more than anybody reads."""
 
@@ -38,20 +43,27 @@ _PATH = re.compile(r" - at `.*`$")
 
 
 class MalformedJSON(ValueError):
-    """The bytes are not JSON, or JSON that nests too deeply."""
+    """The bytes are not JSON, or JSON that nests too deeply, or has too many values."""
+
+    def __init__(self) -> None:
+        super().__init__("The body is not valid JSON, is too deep, or has too many values.")
 
 
 def decode_request(body: bytes, type_: type[T]) -> T:
     """Decode a JSON body into `type_`.
 
     Raises:
-        MalformedJSON: it is not JSON (RFC 8259), is not UTF-8, or nests too deeply.
+        MalformedJSON: it is not JSON (RFC 8259), is not UTF-8, nests too deeply, or has more than
+            `MAX_VALUES` values.
         RuleViolation: it does not fit `type_`; `details` names every bad field.
     """
+    # Each value stands behind one of these, or alone. Those in strings count, too: it is a bound.
+    if sum(map(body.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise MalformedJSON
     try:
         return convert_request(msgspec.json.decode(body), type_)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise MalformedJSON("The body is not valid JSON, or it nests too deeply.") from error
+        raise MalformedJSON from error
 
 
 def convert_request(raw: object, type_: type[T]) -> T:
@@ -77,19 +89,27 @@ def _clean(value: object, place: _Place | None, unclean: list[FieldError]) -> ob
     if isinstance(value, str):
         trimmed = value.strip()
         if _CONTROL.search(trimmed):
-            if len(unclean) < MAX_ERRORS:
-                message = "Control characters are refused."
-                unclean.append(FieldError(field=_path(place) or BODY, message=message))
+            _note_unclean(place, unclean)
             return _UNCLEAN
         return trimmed
     if isinstance(value, list):
         return [_clean(item, (place, i), unclean) for i, item in enumerate(value)]
     if isinstance(value, dict):
+        for key in value:
+            # Names are not trimmed. The types alone would not do: `$` matches before a line break.
+            if _CONTROL.search(key):
+                _note_unclean((place, key), unclean)
         return {
             key: item if key in VERBATIM else _clean(item, (place, key), unclean)
             for key, item in value.items()
         }
     return value
+
+
+def _note_unclean(place: _Place | None, unclean: list[FieldError]) -> None:
+    if len(unclean) < MAX_ERRORS:
+        message = "Control characters are refused."
+        unclean.append(FieldError(field=_path(place) or BODY, message=message))
 
 
 def _path(place: _Place | None) -> str:
@@ -105,7 +125,7 @@ def _valid(value: object, type_: Any) -> object:
     structs = [option for option in _meant(value, type_) if _is_struct(option)]
     if not structs or not isinstance(value, dict):
         return UNSET
-    hints = get_type_hints(structs[0], include_extras=True)
+    hints = _hints(structs[0])
     parts: dict[str, object] = {}
     for field in msgspec.structs.fields(structs[0]):
         if field.encode_name not in value:
@@ -124,11 +144,10 @@ def _errors(value: object, type_: Any, path: str) -> Iterator[FieldError]:
     try:
         msgspec.convert(value, type_)
     except msgspec.ValidationError as error:
-        inner = list(_inner_errors(value, type_, path))
-        if inner:
-            yield from inner
-        else:
-            yield FieldError(field=path or BODY, message=_message(type_, error))
+        # One by one: a body can have more errors than there is time to name.
+        inner = _inner_errors(value, type_, path)
+        yield next(inner, FieldError(field=path or BODY, message=_message(type_, error)))
+        yield from inner
 
 
 def _inner_errors(value: object, type_: Any, path: str) -> Iterator[FieldError]:
@@ -154,7 +173,7 @@ def _struct_errors(
     if tag_field and value.get(tag_field) != struct.__struct_config__.tag:
         yield FieldError(field=_join(path, tag_field), message="This value is not known.")
         return
-    hints = get_type_hints(struct, include_extras=True)
+    hints = _hints(struct)
     fields = {field.encode_name: field for field in msgspec.structs.fields(struct)}
     for name, field in fields.items():
         if name in value:
@@ -164,6 +183,12 @@ def _struct_errors(
     for name in value:
         if name not in fields and name != tag_field:
             yield FieldError(field=_join(path, name), message="This field is not known.")
+
+
+@cache
+def _hints(struct: type[msgspec.Struct]) -> Mapping[str, Any]:
+    """Return the types of a struct's fields. To find them takes longer than to judge a value."""
+    return get_type_hints(struct, include_extras=True)
 
 
 def _options(type_: Any) -> Iterator[Any]:

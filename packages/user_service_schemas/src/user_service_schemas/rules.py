@@ -88,23 +88,27 @@ def merge_preferences(
         for name in ("email", "push", "quiet_hours_start", "quiet_hours_end", "timezone")
         if (value := getattr(update, name)) is not UNSET
     }
-    if update.muted_until is not UNSET:
-        said["muted_until"] = update.muted_until and _utc(update.muted_until)
+    refused = tuple(_refused_instants(update))
+    if update.muted_until is not UNSET and not refused:
+        said["muted_until"] = update.muted_until and update.muted_until.astimezone(UTC)
     if update.categories is not UNSET:
         said["categories"] = _merge_categories(current.categories, update)
     merged = msgspec.structs.replace(current, **said)
-    violations = (*_violations(merged, catalogue), *_refused_categories(current, update, catalogue))
+    violations = (
+        *refused,
+        *_violations(merged, catalogue),
+        *_refused_categories(current, update, catalogue),
+    )
     if violations:
         raise RuleViolation(*violations)
     return merged
 
 
-def _utc(instant: datetime) -> datetime:
-    """Return an instant as UTC. Drivers take the ends of the calendar for infinities."""
-    if not 1970 <= instant.year <= 9998:
+def _refused_instants(update: PreferencesUpdate) -> Iterator[FieldError]:
+    """Drivers take the ends of the calendar for infinities."""
+    if isinstance(update.muted_until, datetime) and not 1970 <= update.muted_until.year <= 9998:
         message = "Expected a time between the years 1970 and 9998."
-        raise RuleViolation(FieldError(field="muted_until", message=message))
-    return instant.astimezone(UTC)
+        yield FieldError(field="muted_until", message=message)
 
 
 def _merge_categories(

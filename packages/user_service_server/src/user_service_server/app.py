@@ -27,7 +27,7 @@ from .feedback.routes import feedback_router
 from .feedback.service import Feedback
 from .health.routes import health_router, metrics_router
 from .http.bodies import MAX_BODY, StrictBody
-from .http.callers import make_guard, routes_without_scope
+from .http.callers import Gate, make_guard, routes_without_scope
 from .http.cors import CrossOrigin
 from .http.docs import get_docs_file, get_openapi, show_docs
 from .http.failures import answer_failure
@@ -35,6 +35,7 @@ from .http.idempotency import Idempotency
 from .http.limits import RateLimits
 from .http.observation import Observation
 from .keys.ring import KeyRing
+from .logs import RequestLog
 from .metrics import Metrics
 from .preferences.routes import preferences_router
 from .preferences.service import PreferenceCenter
@@ -44,9 +45,10 @@ from .storage.database import Database
 from .storage.document import DocumentShape
 from .storage.documents import Documents
 from .storage.link import RedisLink
+from .storage.replica import Replica
 from .storage.state import StateWatcher
 from .upkeep import Upkeep
-from .users.routes import users_router
+from .users.routes import DirectUsers, users_router
 from .users.service import Users
 
 REDIS_PATIENCE = 5.0
@@ -72,12 +74,14 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
     cache = DocumentCache(
         link, state, document_format=shape.format, ttl=settings.cache_ttl, metrics=metrics
     )
-    documents = Documents(database, state, cache, shape)
+    replica = Replica(settings, state, shape, metrics)
+    documents = Documents(database, state, cache, shape, replica)
     passwords = Passwords(settings)
     idempotency = Idempotency(settings, database, metrics)
     users = Users(settings, documents, passwords)
     limits = RateLimits(settings, link, metrics)
     ring = KeyRing(database, metrics)
+    gate = Gate(settings, ring, limits)
     credentials = Credentials(settings, database, documents, passwords, limits)
     preferences = PreferenceCenter(settings, database, documents)
     devices = Devices(settings, database, documents)
@@ -85,7 +89,7 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
     feedback = Feedback(settings, documents, metrics)
     sweeps = Sweeps(settings, database, documents)
 
-    feed = ChangeFeed(settings, database, state, metrics)
+    feed = ChangeFeed(settings, database, state, replica, metrics)
     jobs = {
         "changes": feed.prune,
         "recorded_answers": idempotency.prune,
@@ -98,6 +102,7 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
 
     metrics.redis_reachable.set_function(lambda: link.reachable)
     metrics.postgres_reachable.set_function(lambda: database.reachable)
+    metrics.replica_usable.set_function(lambda: replica.is_well)
     metrics.passwords_waiting.set_function(lambda: passwords.waiting)
 
     @asynccontextmanager
@@ -109,6 +114,7 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
             stack.push_async_callback(database.close)
             stack.push_async_callback(state.close)
             stack.push_async_callback(documents.close)
+            stack.push_async_callback(replica.close)
             stack.push_async_callback(feed.close)
             stack.push_async_callback(upkeep.close)
             stack.push_async_callback(ring.close)
@@ -121,6 +127,7 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
             await state.start(settings.startup_timeout)
             await link.start(REDIS_PATIENCE)
             await feed.start()
+            replica.start()
             upkeep.start()
             ring.start()
             ending = asyncio.create_task(_end_streams(feed, draining))
@@ -140,9 +147,11 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
             feedback_router(feedback, documents, idempotency),
             changes_router(feed, settings, draining, metrics, ring),
         ],
-        guards=[make_guard(settings, ring, limits)],
+        guards=[make_guard(gate)],
     )
-    health = health_router(release, database=database, state=state, link=link, draining=draining)
+    health = health_router(
+        release, database=database, state=state, replica=replica, link=link, draining=draining
+    )
     app = Litestar(
         [
             api,
@@ -162,9 +171,11 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
     if forgotten := list(routes_without_scope(app)):
         raise RuntimeError(f"nobody has said who may call {', '.join(forgotten)}")
     # Around the router, so that what no route was found for is observed, too.
+    app.asgi_handler = DirectUsers(app.asgi_handler, gate, documents)
     if settings.cors_origins:
         app.asgi_handler = CrossOrigin(app.asgi_handler, settings.cors_origins)
-    app.asgi_handler = Observation(app.asgi_handler, metrics, settings.body_timeout)
+    log = RequestLog(settings.log_level, settings.log_format)
+    app.asgi_handler = Observation(app.asgi_handler, metrics, log, settings.body_timeout)
     return app
 
 
@@ -183,9 +194,11 @@ async def opened_sweeps(settings: Settings) -> AsyncIterator[Sweeps]:
     cache = DocumentCache(
         link, state, document_format=shape.format, ttl=settings.cache_ttl, metrics=metrics
     )
-    documents = Documents(database, state, cache, shape)
+    replica = Replica(settings, state, shape, metrics)
+    documents = Documents(database, state, cache, shape, replica)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(link.close)
+        stack.push_async_callback(replica.close)
         stack.push_async_callback(database.close)
         stack.push_async_callback(state.close)
         stack.push_async_callback(documents.close)

@@ -44,7 +44,7 @@ class InvalidCursor(ServiceError):
 
 class MalformedBody(ServiceError):
     code = ErrorCode.MALFORMED_JSON
-    message = "The body is not valid JSON, or it nests too deeply."
+    message = "The body is not valid JSON, is too deep, or has too many values."
 
 
 class UnsupportedMediaType(ServiceError):

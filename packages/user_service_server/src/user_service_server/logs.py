@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 import traceback
 from collections.abc import Callable
+from contextvars import ContextVar
+from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 import structlog
-from structlog.contextvars import merge_contextvars
+from structlog.contextvars import STRUCTLOG_KEY_PREFIX, merge_contextvars
+
+request_id: Final[ContextVar[str]] = ContextVar(f"{STRUCTLOG_KEY_PREFIX}request_id")
+"""The id of the request that the code runs for: structlog puts it into each line.
+
+Set directly, since structlog's own way of binding it costs 10 µs a request.
+"""
+
+_log = structlog.get_logger()
 
 
 def configure(level: str, style: Literal["json", "text"]) -> None:
@@ -42,6 +53,56 @@ def configure(level: str, style: Literal["json", "text"]) -> None:
     )
     # Libraries may write addresses and parameters at lower levels.
     logging.basicConfig(level=max(number, logging.WARNING), handlers=[handler], force=True)
+
+
+class _RequestLine(msgspec.Struct, frozen=True, gc=False):
+    """The line of a request, in the order in which structlog would write it."""
+
+    method: str
+    route: str
+    status: int
+    ms: float
+    event: str
+    request_id: str
+    level: str
+    at: datetime
+
+
+class RequestLog:
+    """Writes a line for each request: at once for all that end in one turn of the event loop.
+
+    JSON lines go past structlog: 15 µs of its chain, and 4 for a write of its own, are a third of
+    what a cached document takes. A process that is killed loses the lines of that turn.
+    """
+
+    def __init__(self, level: str, style: Literal["json", "text"]) -> None:
+        self._is_silent = logging.getLevelNamesMapping()[level.upper()] > logging.INFO
+        self._is_text = style == "text"
+        self._encode = msgspec.json.Encoder().encode
+        self._lines: list[bytes] = []
+
+    def note(self, *, request_id: str, method: str, route: str, status: int, ms: float) -> None:
+        """Log a request that was answered; `ms` is how long it took.
+
+        The route, not the path: ids are personal data.
+        """
+        if self._is_silent:
+            return
+        if self._is_text:
+            _log.info("request", method=method, route=route, status=status, ms=ms)
+            return
+        if not self._lines:
+            asyncio.get_running_loop().call_soon(self._write)
+        line = _RequestLine(
+            method, route, status, ms, "request", request_id, "info", datetime.now(UTC)
+        )
+        self._lines.append(self._encode(line))
+
+    def _write(self) -> None:
+        lines, self._lines = self._lines, []
+        lines.append(b"")
+        sys.stderr.write(b"\n".join(lines).decode())
+        sys.stderr.flush()
 
 
 def describe(error: BaseException) -> dict[str, Any]:

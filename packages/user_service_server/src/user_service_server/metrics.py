@@ -110,6 +110,18 @@ class Metrics:
         self.postgres_reachable = Gauge(
             "user_service_postgres_reachable", "1 while Postgres answers.", registry=self.registry
         )
+        self.replica_usable = Gauge(
+            "user_service_replica_usable",
+            "1 while a replica is there, and shows what this process knows of.",
+            registry=self.registry,
+        )
+        self.replica_reads = Counter(
+            "user_service_replica_reads",
+            "Documents asked of the replica: used; or read from Postgres since they were absent, or"
+            " the replica was behind, or failed.",
+            ["result"],
+            registry=self.registry,
+        )
         self.unauthenticated = Counter(
             "user_service_unauthenticated",
             "Requests with a wrong key, or one that is not valid any more.",

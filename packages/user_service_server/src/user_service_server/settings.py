@@ -40,15 +40,26 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             extra=_SECRET,
         ),
     ]
+    database_replica_url: Annotated[
+        str | None,
+        Meta(description="a streaming replica, to read what is not cached", extra=_SECRET),
+    ] = None
     redis_url: Annotated[
         str, Meta(description="Redis or Valkey, e.g. redis://host:6379/0", extra=_SECRET)
     ]
     secret_key: Annotated[
         str,
-        Meta(description="keys the digests of request bodies, cursors and links", extra=_SECRET),
+        Meta(
+            description="keys the digests of the bodies that came with an Idempotency-Key",
+            extra=_SECRET,
+        ),
     ] = ""
     secret_key_previous: Annotated[
-        str, Meta(description="the SECRET_KEY before this one, for a day", extra=_SECRET)
+        str,
+        Meta(
+            description="another SECRET_KEY that is understood: the next, or for a day the last",
+            extra=_SECRET,
+        ),
     ] = ""
     auth: Annotated[
         Literal["off", "required"], Meta(description="whether callers need a service key")
@@ -91,6 +102,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     database_pool_size: Annotated[
         int, Meta(ge=1, le=1000, description="connections to PostgreSQL of this process")
     ] = 10
+    pgbouncer: Annotated[
+        bool,
+        Meta(description="whether DATABASE_URL leads through PgBouncer in transaction mode"),
+    ] = False
     redis_cluster: Annotated[
         bool, Meta(description="whether REDIS_URL names a server of a Redis Cluster")
     ] = False
@@ -283,13 +298,13 @@ def database_engine_arguments(url: str) -> tuple[URL, dict[str, Any]]:
 
     `sslmode` and `sslrootcert`, in libpq's meaning, become asyncpg's `ssl`; where no root
     certificate is given, the system's are trusted. `channel_binding` is dropped: asyncpg always
-    uses SCRAM without it.
+    uses SCRAM without it. Several hosts, as libpq has them, become what SQLAlchemy takes.
 
     Raises:
         SettingsError: asyncpg would refuse the URL.
     """
     try:
-        parsed = make_url(url)
+        parsed = make_url(_with_hosts_in_query(url))
         # SQLAlchemy reads `?host=a:1` only when it connects; a wrong one is to be named here.
         parsed.set(drivername="postgresql+asyncpg").get_dialect()().create_connect_args(parsed)
     # Their texts repeat the URL, or parts of it that may be the password.
@@ -315,6 +330,20 @@ def database_engine_arguments(url: str) -> tuple[URL, dict[str, Any]]:
     if mode is not None or root is not None:
         arguments["ssl"] = _ssl(str(mode or "prefer"), None if root is None else str(root))
     return parsed.set(drivername="postgresql+asyncpg", query=query), arguments
+
+
+_SEVERAL_HOSTS = re.compile(r"([^/]+://(?:[^/?]*@)?)([^/?@]+,[^/?@]+)(/[^?]*)(?:\?(.*))?")
+
+
+def _with_hosts_in_query(url: str) -> str:
+    """Return `…://a:1,b/users` as `…:///users?host=a,b&port=1,5432`."""
+    several = _SEVERAL_HOSTS.fullmatch(url)
+    if several is None:
+        return url
+    before, hosts, path, query = several.groups()
+    names, ports = zip(*(host.partition(":")[::2] for host in hosts.split(",")), strict=True)
+    listed = f"host={','.join(names)}&port={','.join(port or '5432' for port in ports)}"
+    return f"{before}{path}?{listed}" + (f"&{query}" if query else "")
 
 
 def _ssl(mode: str, root: str | None) -> str | ssl.SSLContext:
@@ -396,7 +425,7 @@ def _read(
 
 def _convert(field: _Field, raw: str) -> object:
     """Return the value of `raw`; raises `msgspec.ValidationError`, which never holds it."""
-    if field.name == "database_url":
+    if field.name in ("database_url", "database_replica_url"):
         return _database_url(raw)
     if field.name == "redis_url":
         return _redis_url(raw)

@@ -189,6 +189,7 @@ class Routes:
         self._keys = keys
         self._recorded: dict[tuple[str, str], _Recorded] = {}
         self.feedback: list[FeedbackItem] = []
+        self.down: frozenset[str] = frozenset()
         self._handlers: Mapping[str, Callable[[Ask], Answer]] = {
             "users.create": self._create_user,
             "users.get": self._get_user,
@@ -449,14 +450,25 @@ class Routes:
         stream = self._directory.feed.subscribe(ask.headers.get("Last-Event-ID"))
         return Answer(200, STREAM_HEADERS, stream=stream)
 
-    def _get_health(self, _: Ask) -> Answer:
-        up = Dependency(status="up", latency_ms=0.0)
+    def _get_health(self, ask: Ask) -> Answer:
+        status = "unhealthy" if "postgres" in self.down else "degraded" if self.down else "healthy"
         health = Health(
-            status="healthy",
+            status=status,
             version=version("user-service-client"),
-            dependencies={"postgres": up, "redis": up},
+            dependencies={
+                name: Dependency(status="down", latency_ms=None)
+                if name in self.down
+                else Dependency(status="up", latency_ms=0.0)
+                for name in ("postgres", "redis")
+            },
         )
-        return success(health, "The service is healthy")
+        message = f"The service is {status}"
+        if "postgres" not in self.down:
+            return success(health, message)
+        code = ErrorCode.DEPENDENCY_UNAVAILABLE
+        error = Error(code=code, details=(), request_id=ask.request_id)
+        envelope = Envelope(success=False, data=health, message=message, error=error)
+        return Answer(503, {**NO_STORE, "Content-Type": JSON}, _encode(envelope))
 
     # What they share
 

@@ -69,6 +69,7 @@ _FEEDBACK_KINDS = (
 )
 """What feedback does to a user; of several kinds at once, the first is the one that is told."""
 
+_FOUND_BY = ("email_key", "phone", "external_id")
 _WITHOUT_STEP = frozenset({ChangeKind.USER_CREATED, ChangeKind.PASSWORD_UPDATED})
 
 
@@ -154,6 +155,10 @@ class Directory:
         self.use_catalogue(catalogue)
         self.feed = Feed(clock, self._new_epoch())
         self._accounts: dict[str, _Account] = {}
+        # Who has an email, a telephone number or an external id; and who registered a token last:
+        # whether it is still there, the devices say.
+        self._having: dict[tuple[str, str], dict[str, _Account]] = {}
+        self._registrants: dict[bytes, _Account] = {}
         self._suppressions: dict[str, _Suppression] = {}
         self._made = 0
         self._revisions = 0
@@ -211,8 +216,8 @@ class Directory:
             field_, value = "phone", _checked("phone", phone_key, request.phone)
         else:
             field_, value = "external_id", str(request.external_id)
-        found = [one for one in self._accounts.values() if one.profile[field_] == value]
-        return [self._shown(one) for one in sorted(found, key=lambda one: one.id)]
+        found = sorted(self._who_has(field_, value), key=lambda one: one.id)
+        return [self._shown(one) for one in found]
 
     def history(
         self, user_id: str, before: int | None, limit: int
@@ -246,6 +251,7 @@ class Directory:
             updated_at=now,
         )
         self._accounts[account.id] = account
+        self._enter(account)
         consent = request.preferences.consent or None
         self._append_history(account, preference_changes(None, choices), consent, 1)
         self._conclude({account.id: ChangeKind.USER_CREATED})
@@ -260,7 +266,9 @@ class Directory:
         fresh = {name: value for name, value in values.items() if account.profile[name] != value}
         if fresh:
             self._refuse_taken(fresh, user_id)
+            self._leave(account)
             account.profile |= fresh
+            self._enter(account)
             self._conclude({user_id: ChangeKind.USER_UPDATED})
         return self._shown(account)
 
@@ -268,7 +276,7 @@ class Directory:
         """Erase a user."""
         self._account(user_id, condition)
         self._conclude({user_id: ChangeKind.USER_DELETED})
-        del self._accounts[user_id]
+        self._leave(self._accounts.pop(user_id))
 
     def set_password(
         self, user_id: str, request: PasswordUpdate, condition: Condition | None
@@ -299,9 +307,8 @@ class Directory:
     def verify(self, email: str, password: str) -> str:
         """Return whose email and password these are."""
         with contextlib.suppress(ValueError):
-            key = email_key(email)
-            for account in self._accounts.values():
-                if account.profile["email_key"] == key and account.password == _digest(password):
+            for account in self._who_has("email_key", email_key(email)):
+                if account.password == _digest(password):
                     return account.id
         raise Refusal(ErrorCode.INVALID_CREDENTIALS)
 
@@ -346,6 +353,7 @@ class Directory:
                 del owner.devices[known.shown.id]
                 changed[owner.id] = kind = ChangeKind.DEVICE_MOVED
             account.devices[device.shown.id] = device
+            self._registrants[digest] = account
             changed[user_id] = kind
         self._bound(account, device, changed)
         self._conclude(changed)
@@ -439,7 +447,7 @@ class Directory:
 
     def _report_address(self, item: EmailFeedback, changed: dict[str, set[ChangeKind]]) -> str:
         key = canonical_email(item.address)
-        account = next((a for a in self._accounts.values() if a.profile["email_key"] == key), None)
+        account = next(iter(self._who_has("email_key", key)), None)
         if item.reason == "hard_bounce":
             known = self._suppressions.get(key)
             if known is not None and (
@@ -541,13 +549,14 @@ class Directory:
         )
 
     def _refuse_taken(self, values: dict[str, str | None], user_id: str | None) -> None:
-        others = [one.profile for one in self._accounts.values() if one.id != user_id]
         for key, name, code in (
             ("email_key", "email", ErrorCode.EMAIL_TAKEN),
             ("external_id", "external_id", ErrorCode.EXTERNAL_ID_TAKEN),
         ):
             value = values.get(key)
-            if value is not None and any(other[key] == value for other in others):
+            if value is None:
+                continue
+            if any(other.id != user_id for other in self._who_has(key, value)):
                 raise Refusal(code, FieldError(field=name, message=MESSAGES[code]))
 
     def _append_history(
@@ -569,11 +578,27 @@ class Directory:
         account.history.append((self._revisions, revision))
 
     def _owner(self, digest: bytes) -> tuple[_Account | None, _Device | None]:
-        for account in self._accounts.values():
+        account = self._registrants.get(digest)
+        if account is not None and account.id in self._accounts:
             for device in account.devices.values():
                 if device.digest == digest:
                     return account, device
         return None, None
+
+    def _who_has(self, name: str, value: str) -> Iterable[_Account]:
+        return self._having.get((name, value), {}).values()
+
+    def _enter(self, account: _Account) -> None:
+        for name in _FOUND_BY:
+            value = account.profile[name]
+            if value is not None:
+                self._having.setdefault((name, value), {})[account.id] = account
+
+    def _leave(self, account: _Account) -> None:
+        for name in _FOUND_BY:
+            value = account.profile[name]
+            if value is not None:
+                del self._having[name, value][account.id]
 
     def _new_device(self, digest: bytes, request: RegisterDevice) -> _Device:
         now = self._now()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from email.utils import format_datetime
-from typing import TypeAlias, TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
 import httpx
 import msgspec
@@ -120,7 +120,7 @@ class FakeUserService(httpx.AsyncBaseTransport):
 
     It differs from the service where a test hardly looks: nobody is limited, nor how much of their
     feedback takes effect; a telephone number, a language tag and an address are judged by their
-    form; a handful of passwords are too common; and `/health` is always well.
+    form; a handful of passwords are too common; and `/health` says what `lose` has it say.
 
     Args:
         clock: The time of the fake, which only moves when it is told to; None: a new one.
@@ -413,6 +413,13 @@ class FakeUserService(httpx.AsyncBaseTransport):
     def unused_faults(self) -> list[str]:
         """Describe what was scripted and did not happen, or not as often as it was to."""
         return [*self._faults.unused(), *self._delays.unused()]
+
+    def lose(self, *dependencies: Literal["postgres", "redis"]) -> None:
+        """Have `/health` say that these are down, and no others; `lose()`: that all is well.
+
+        Everything else is answered as before: see `fail`.
+        """
+        self._routes.down = frozenset(dependencies)
 
     def refuse_connections(self) -> None:
         """Be dead: streams break, and nobody can connect, until `accept_connections`."""

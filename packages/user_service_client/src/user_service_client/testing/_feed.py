@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Iterable
 from datetime import datetime
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from ._refusals import Refusal
 HEARTBEAT_INTERVAL = 15.0
 RETRY_MS = 1000
 
+_CURSOR = re.compile(r"([0-9A-Za-z]{1,32})\.(0|[1-9][0-9]{0,17})")
 _encode = msgspec.json.Encoder().encode
 
 
@@ -32,10 +34,10 @@ class Cursor(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Cursor:
         """Return the cursor that `text` is; raises `Refusal`."""
-        epoch, _, position = text.partition(".")
-        if not epoch.isalnum() or not position.isdecimal() or len(text) > 64:
+        found = _CURSOR.fullmatch(text)
+        if not found:
             raise Refusal(ErrorCode.INVALID_CURSOR)
-        return cls(epoch, int(position))
+        return cls(found[1], int(found[2]))
 
 
 class _Waiting(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from user_service_schemas import STATUS_OF, ErrorCode, FieldError
 
 MESSAGES: Mapping[ErrorCode, str] = {
-    ErrorCode.MALFORMED_JSON: "The body is not valid JSON, or it nests too deeply.",
+    ErrorCode.MALFORMED_JSON: "The body is not valid JSON, is too deep, or has too many values.",
     ErrorCode.INVALID_CURSOR: "This cursor was not issued by this listing.",
     ErrorCode.UNAUTHENTICATED: "A valid service key is needed: Authorization: Bearer usk_…",
     ErrorCode.INVALID_CREDENTIALS: "These credentials are not right.",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -17,6 +19,7 @@ from ..metrics import Metrics
 from ..periodic import Periodic
 from ..settings import Settings
 from ..storage.database import Database, create_engine, translated
+from ..storage.replica import Replica
 from ..storage.state import StateWatcher
 from . import repository
 from .repository import FeedState
@@ -37,6 +40,9 @@ JOINED_BYTES = 64 * 1024
 QUEUE_BYTES = 1024 * 1024
 """How much may wait for one reader before it is cut off, to continue when it reads again."""
 
+_CURSOR = re.compile(r"([0-9A-Za-z]{1,32})\.(0|[1-9][0-9]{0,17})")
+"""Each place has one cursor: no leading zeros, and no other scripts' digits."""
+
 _log = structlog.get_logger()
 _encode = msgspec.json.Encoder().encode
 
@@ -53,10 +59,10 @@ class Cursor(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Cursor:
         """Return the cursor that `text` is; raises `InvalidCursor`."""
-        epoch, _, position = text.partition(".")
-        if not epoch.isalnum() or not position.isdecimal() or len(text) > 64:
+        found = _CURSOR.fullmatch(text)
+        if not found:
             raise InvalidCursor
-        return cls(epoch, int(position))
+        return cls(found[1], int(found[2]))
 
 
 class Event(NamedTuple):
@@ -124,13 +130,19 @@ class ChangeFeed:
     """
 
     def __init__(
-        self, settings: Settings, database: Database, state: StateWatcher, metrics: Metrics
+        self,
+        settings: Settings,
+        database: Database,
+        state: StateWatcher,
+        replica: Replica,
+        metrics: Metrics,
     ) -> None:
         # Not of the pool that answers requests: the feed must not wait behind them.
         self._engine = create_engine(settings, pool_size=2)
         self._autocommit = self._engine.execution_options(isolation_level="AUTOCOMMIT")
         self._database = database
         self._state = state
+        self._replica = replica
         self._retention_days = settings.changes_retention_days
         self._metrics = metrics
         self._running = Periodic("change-feed", self._run, self._interval)
@@ -269,12 +281,16 @@ class ChangeFeed:
         """Number and read what is there; returns whether there is more."""
         numbered = None
         async with self._autocommit.connect() as connection:
-            began = asyncio.get_running_loop().time()
+            began = time.monotonic()
             state = await repository.read_feed_state(connection)
-            self._took = asyncio.get_running_loop().time() - began
+            self._took = time.monotonic() - began
+        complete = not state.is_waiting
         if state.is_waiting or state.now - state.complete_through > THROUGH_INTERVAL:
             async with self._engine.begin() as connection:
+                numbering = time.monotonic()
                 numbered = await repository.number_changes(connection, BATCH)
+            if numbered is not None and numbered < BATCH:
+                complete, began = True, numbering
             if numbered is not None:
                 self._metrics.feed_numbered.inc(numbered)
                 async with self._autocommit.connect() as connection:
@@ -286,7 +302,11 @@ class ChangeFeed:
                 read = await repository.read_changes(connection, self._epoch, self._position, BATCH)
             if not read:
                 break
+            self._replica.saw(read)
             self._publish(read)
+        else:
+            if complete:
+                self._replica.looked(began, self._position)
         self._note(state)
         return numbered == BATCH
 

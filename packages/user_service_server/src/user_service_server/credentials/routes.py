@@ -42,6 +42,7 @@ def credentials_router(credentials: Credentials, idempotency: Idempotency) -> Ro
             request,
             lambda _: answer(None, "Password set"),
             lambda recorder: credentials.set_password(subject, data, if_match(request), recorder),
+            is_costly=True,
         )
 
     @post(

@@ -59,6 +59,7 @@ def feedback_router(feedback: Feedback, documents: Documents, idempotency: Idemp
             request,
             lambda results: answer(results, "Feedback taken"),
             lambda recorder: feedback.report(data.items, caller_of(request).name, recorder),
+            is_costly=True,
         )
 
     @delete(

@@ -15,6 +15,7 @@ from ..http.operations import operation
 from ..metrics import CONTENT_TYPE, Metrics
 from ..storage.database import Database
 from ..storage.link import RedisLink
+from ..storage.replica import Replica
 from ..storage.state import StateWatcher
 
 
@@ -31,6 +32,7 @@ def health_router(
     *,
     database: Database,
     state: StateWatcher,
+    replica: Replica,
     link: RedisLink,
     draining: asyncio.Event,
 ) -> Router:
@@ -49,14 +51,17 @@ def health_router(
         _, redis_is_up = await asyncio.gather(state.look(), link.ping())
         redis_latency = time.perf_counter() - began if redis_is_up else None
         postgres_is_up = database.reachable
-        well = "healthy" if redis_is_up else "degraded"
+        replica_is_well = replica.is_well or not replica.is_used
+        well = "healthy" if redis_is_up and replica_is_well else "degraded"
         status = well if postgres_is_up else "unhealthy"
+        replicas = {"replica": _replica(replica)} if replica.is_used else {}
         health = Health(
             status=status,
             version=version,
             dependencies={
                 "postgres": _dependency(state.latency),
                 "redis": _dependency(redis_latency),
+                **replicas,
             },
         )
         return answer(
@@ -101,6 +106,13 @@ def _unavailable(request: HTTPRequest) -> Error:
     return Error(
         code=ErrorCode.DEPENDENCY_UNAVAILABLE, request_id=request.scope["state"]["request_id"]
     )
+
+
+def _replica(replica: Replica) -> Dependency:
+    answered = _dependency(replica.latency)
+    if answered.latency_ms is None or replica.is_well:
+        return answered
+    return Dependency(status="behind", latency_ms=answered.latency_ms)
 
 
 def _dependency(latency: float | None) -> Dependency:

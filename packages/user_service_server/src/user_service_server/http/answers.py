@@ -10,6 +10,7 @@ from litestar import Request, Response
 from litestar.datastructures import State
 from litestar.datastructures.headers import Accept
 from litestar.response.base import ASGIResponse
+from litestar.types import Receive, Scope, Send
 from user_service_schemas import Envelope, Error, Problem
 
 from ..errors import Header, ServiceError
@@ -22,6 +23,9 @@ PRIVATE: Header = ("Cache-Control", "private, no-cache")
 NO_STORE: Header = ("Cache-Control", "no-store")
 
 HTTPRequest = Request[None, None, State]
+
+_PRIVATE = (b"cache-control", PRIVATE[1].encode())
+_JSON = (b"content-type", JSON.encode())
 
 _encode = msgspec.json.Encoder().encode
 
@@ -42,25 +46,43 @@ def answer(
     )
 
 
-def document_answer(request: HTTPRequest, document: StoredDocument, etag: str) -> ASGIResponse:
-    """Answer with an encoded document, without decoding it; or 304 if the caller has it."""
-    if is_held(request, etag):
+class ReadyAnswer:
+    """An answer whose bytes are there: an ASGI application, as Litestar's responses are.
+
+    Without what those do for headers that may be set twice, in any case, and as text: 15 µs.
+    """
+
+    __slots__ = ("body", "headers", "status")
+
+    def __init__(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+        self.status = status
+        self.headers = headers
+        self.body = body
+
+    async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        """Send it."""
+        await send({"type": "http.response.start", "status": self.status, "headers": self.headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": False})
+
+
+def document_answer(held: str | None, document: StoredDocument, etag: str) -> ReadyAnswer:
+    """Answer with an encoded document, without decoding it; or 304 if `held` names it."""
+    if is_held(held, etag):
         return not_modified(etag)
     body = b'{"success":true,"data":%b,"message":"User retrieved","error":null}' % document.body
-    return ASGIResponse(body=body, media_type=JSON, headers=[PRIVATE, ("ETag", etag)])
+    length = b"%d" % len(body)
+    headers = [_PRIVATE, (b"etag", etag.encode()), _JSON, (b"content-length", length)]
+    return ReadyAnswer(200, headers, body)
 
 
-def is_held(request: HTTPRequest, etag: str) -> bool:
-    """Whether `If-None-Match` names this representation."""
-    held = request.headers.get("if-none-match")
-    return held is not None and EntityTags(held).name_representation(etag)
+def is_held(held: str | None, etag: str) -> bool:
+    """Whether `held`, what `If-None-Match` says, names this representation."""
+    return held is not None and (held == etag or EntityTags(held).name_representation(etag))
 
 
-def not_modified(etag: str) -> ASGIResponse:
+def not_modified(etag: str) -> ReadyAnswer:
     """Answer that the caller's copy is still right (RFC 9110, section 15.4.5)."""
-    return ASGIResponse(
-        status_code=304, media_type=JSON, headers=[PRIVATE, ("ETag", etag)], content_length=0
-    )
+    return ReadyAnswer(304, [_PRIVATE, (b"etag", etag.encode())], b"")
 
 
 def documents_answer(

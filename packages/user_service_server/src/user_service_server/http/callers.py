@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from litestar import Litestar
 from litestar.connection import ASGIConnection
 from litestar.handlers import BaseRouteHandler
 from litestar.routes import HTTPRoute
+from litestar.types import HTTPScope
 
 from ..errors import Forbidden, Unauthenticated
 from ..keys.ring import Caller, KeyRing
@@ -21,6 +22,7 @@ from ..settings import Settings
 from .answers import HTTPRequest
 from .limits import RateLimits
 from .operations import Operation
+from .requests import header
 
 Connection: TypeAlias = ASGIConnection[Any, Any, Any, Any]
 Guard: TypeAlias = Callable[[Connection, BaseRouteHandler], Awaitable[None]]
@@ -34,44 +36,64 @@ def caller_of(request: HTTPRequest) -> Caller:
     return caller
 
 
-def make_guard(settings: Settings, ring: KeyRing, limits: RateLimits) -> Guard:
-    """Return the guard of all routes under /api."""
-    is_open = settings.auth == "off"
+class Gate:
+    """Lets requests through to the routes under /api."""
 
-    async def guard(connection: Connection, handler: BaseRouteHandler) -> None:
-        operation: Operation | None = handler.opt.get("operation")
-        if operation is None:
-            return  # OPTIONS, which Litestar answers: the app starts with no other such route
-        if is_open:
-            caller = ring.anybody
+    def __init__(self, settings: Settings, ring: KeyRing, limits: RateLimits) -> None:
+        self._is_open = settings.auth == "off"
+        self._proxy_hops = settings.proxy_hops
+        self._ring = ring
+        self._limits = limits
+
+    async def admit(self, scope: HTTPScope, operation: Operation) -> None:
+        """Admit a request, and note who makes it.
+
+        Raises:
+            Unauthenticated, Forbidden, RateLimited
+            DependencyUnavailable, Overloaded: nobody can tell whose key it shows.
+        """
+        if self._is_open:
+            caller = self._ring.anybody
         else:
-            caller = await ring.recognise(
-                _key_of(connection), partial(_address_of, connection, settings.proxy_hops)
+            caller = await self._ring.recognise(
+                _key_of(scope), partial(_address_of, scope, self._proxy_hops)
             )
         if operation.scope not in caller.scopes:
             raise Forbidden
-        connection.scope["state"][_STATE] = caller
-        connection.scope["state"]["ratelimit"] = await limits.take(caller.name, operation.traffic)
+        scope["state"][_STATE] = caller
+        scope["state"]["ratelimit"] = await self._limits.take(caller.name, operation.traffic)
+
+
+def make_guard(gate: Gate) -> Guard:
+    """Return the guard of Litestar's routes; a function, since Litestar copies what else it is."""
+
+    async def guard(connection: Connection, handler: BaseRouteHandler) -> None:
+        operation: Operation | None = handler.opt.get("operation")
+        # Without one it is OPTIONS, which Litestar answers: the app starts with no other such route
+        if operation is not None:
+            await gate.admit(cast("HTTPScope", connection.scope), operation)
 
     return guard
 
 
-def _key_of(connection: Connection) -> str:
-    scheme, _, key = connection.headers.get("authorization", "").partition(" ")
+def _key_of(scope: HTTPScope) -> str:
+    scheme, _, key = (header(scope, b"authorization") or "").partition(" ")
     if scheme.lower() != "bearer" or not key:
         raise Unauthenticated
     return key.strip()
 
 
-def _address_of(connection: Connection, proxy_hops: int) -> str:
+def _address_of(scope: HTTPScope, proxy_hops: int) -> str:
     """Return from where a request comes, past so many proxies of our own.
 
     Each of them appends who called it: what stands further left anybody may have written.
     """
-    host = connection.client.host if connection.client else ""
+    client = scope["client"]
+    host = client[0] if client else ""
     if not proxy_hops:
         return host
-    told = ",".join(connection.headers.getall("x-forwarded-for", [])).split(",")
+    values = [value for name, value in scope["headers"] if name == b"x-forwarded-for"]
+    told = b",".join(values).decode("latin-1").split(",")
     return told[-proxy_hops].strip() if len(told) >= proxy_hops else host
 
 

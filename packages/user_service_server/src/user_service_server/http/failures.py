@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import structlog
-from litestar import Response
+from litestar import Request, Response
 from litestar.datastructures import Headers
 from litestar.exceptions import HTTPException, ValidationException
+from litestar.types import HTTPScope, Receive, Send
 from user_service_schemas import ErrorCode, FieldError, RuleViolation
 
 from ..errors import Invalid, MalformedBody, ServiceError
@@ -59,6 +60,13 @@ def answer_failure(request: HTTPRequest, error: Exception) -> Response[bytes]:
         request_id=request.scope["state"]["request_id"],
         accept=request.headers.get("accept", ""),
     )
+
+
+async def send_failure(error: Exception, scope: HTTPScope, receive: Receive, send: Send) -> None:
+    """Answer with what any exception means, where Litestar is not there to do it."""
+    request: HTTPRequest = Request(scope)
+    render = answer_failure(request, error).to_asgi_response(app=None, request=request)
+    await render(scope, receive, send)
 
 
 def meaning(error: Exception) -> ServiceError:

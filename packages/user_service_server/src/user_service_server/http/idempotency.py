@@ -57,14 +57,14 @@ class _Recording:
 
     async def open(self, connection: AsyncConnection) -> None:
         """Raises `IdempotencyInProgress` or `AlreadyAnswered`."""
-        if not await recorded_answers.try_lock(connection, self._caller, self._key):
-            raise IdempotencyInProgress
-        # Again, since the one who had the lock may have come to its end before it was got.
-        answer = await recorded_answers.find(connection, self._caller, self._key)
+        is_mine, answer = await recorded_answers.lock_and_find(connection, self._caller, self._key)
         if answer is not None:
             raise AlreadyAnswered(answer)
+        if not is_mine:
+            raise IdempotencyInProgress
 
     async def record(self, connection: AsyncConnection, user_id: str | None, result: Any) -> None:
+        """Raises `IdempotencyInProgress`: another did the same just before this had the lock."""
         response = self._render(result)
         answer = RecordedAnswer(
             digest=self._digest,
@@ -76,7 +76,8 @@ class _Recording:
             ],
             body=bytes(response.body),
         )
-        await recorded_answers.record(connection, self._caller, self._key, user_id, answer)
+        if not await recorded_answers.record(connection, self._caller, self._key, user_id, answer):
+            raise IdempotencyInProgress
 
 
 class Idempotency:
@@ -94,8 +95,13 @@ class Idempotency:
         request: HTTPRequest,
         render: Callable[[T], ASGIResponse],
         work: Callable[[Recorder], Awaitable[T]],
+        *,
+        is_costly: bool = False,
     ) -> ASGIResponse:
         """Do the work and render its result, unless that was done before under the same key.
+
+        The write itself looks whether it was; what is costly before it, as the hash of a password,
+        is worth a look of its own.
 
         Raises:
             Invalid: the key is empty, longer than 255 characters, or not printable ASCII.
@@ -111,7 +117,7 @@ class Idempotency:
                 FieldError(field=HEADER, message="Expected 1 to 255 printable characters.")
             )
         digests = [_digest(secret, request, await request.body()) for secret in self._secrets]
-        answer = await self._find(caller.name, key)
+        answer = await self._find(caller.name, key) if is_costly else None
         if answer is None:
             try:
                 return render(await work(_Recording(caller, key, digests[0], render)))

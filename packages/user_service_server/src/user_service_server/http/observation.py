@@ -11,8 +11,6 @@ import re
 import time
 from collections.abc import Callable
 
-import structlog
-from litestar import Request
 from litestar.enums import HttpMethod, ScopeType
 from litestar.types import (
     ASGIApp,
@@ -24,28 +22,30 @@ from litestar.types import (
     Send,
     WebSocketReceiveMessage,
 )
-from structlog.contextvars import bound_contextvars
 from uuid_utils import uuid7
 
+from .. import logs
+from ..logs import RequestLog
 from ..metrics import Metrics
-from .answers import error_answer
-from .failures import BodyTooSlow, meaning
+from .failures import BodyTooSlow, meaning, send_failure
+from .requests import header
 
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 # A caller can make up others without end, and each would be a series of its own.
 _METHODS = frozenset(HttpMethod)
 _WITH_BODY = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 _NO_SNIFFING = (b"x-content-type-options", b"nosniff")
 
-_log = structlog.get_logger()
-
 
 class Observation:
     """Wraps the whole app: also what no route was found for, and what crashed."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, body_timeout: float) -> None:
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, log: RequestLog, body_timeout: float
+    ) -> None:
         self._app = app
+        self._log = log
         self._body_timeout = body_timeout
         self._metrics = metrics
         # Prometheus looks a child up by its labels each time; these are few.
@@ -58,8 +58,10 @@ class Observation:
             raise NotImplementedError  # serving.py accepts HTTP only
         began = time.perf_counter()
         method = scope["method"]
-        request_id = _request_id(scope)
-        scope["state"]["request_id"] = request_id
+        state = scope["state"]
+        # Of a header that is there more than once the first counts.
+        state["headers"] = dict(reversed(list(scope["headers"])))
+        request_id = state["request_id"] = _request_id(scope)
         id_header = (b"x-request-id", request_id.encode())
         status = 0
 
@@ -67,24 +69,24 @@ class Observation:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                quota = scope["state"].get("ratelimit")
+                quota = state.get("ratelimit")
                 counted = quota.headers() if quota is not None else ()
                 message["headers"] = [*message["headers"], id_header, _NO_SNIFFING, *counted]
             await send(message)
 
-        with bound_contextvars(request_id=request_id):
-            try:
-                if method in _WITH_BODY:
-                    receive = _in_time(receive, self._body_timeout)
-                await self._app(*_as_get(scope, receive, send_with_id))
-            except Exception as error:  # noqa: BLE001 - the last net, below it is only the socket
-                failure = meaning(error)
-                if not status:
-                    response = error_answer(failure, request_id=request_id)
-                    render = response.to_asgi_response(app=None, request=Request(scope))
-                    await render(scope, receive, send_with_id)
-            finally:
-                self._note(scope, method, status, time.perf_counter() - began)
+        token = logs.request_id.set(request_id)
+        try:
+            if method in _WITH_BODY:
+                receive = _in_time(receive, self._body_timeout)
+            await self._app(*_as_get(scope, receive, send_with_id))
+        except Exception as error:  # noqa: BLE001 - the last net, below it is only the socket
+            if status:
+                meaning(error)  # it is logged; nobody can be told any more
+            else:
+                await send_failure(error, scope, receive, send_with_id)
+        finally:
+            self._note(scope, method, status, time.perf_counter() - began)
+            logs.request_id.reset(token)
 
     def _note(self, scope: HTTPScope, method: str, status: int, seconds: float) -> None:
         route = str(scope.get("path_template", "unmatched"))
@@ -100,16 +102,19 @@ class Observation:
             self._measured[method, route] = measure
         count()
         measure(seconds)
-        # The route, not the path: ids are personal data.
-        _log.info("request", method=method, route=route, status=status, ms=round(seconds * 1000, 2))
+        self._log.note(
+            request_id=scope["state"]["request_id"],
+            method=method,
+            route=route,
+            status=status,
+            ms=round(seconds * 1000, 2),
+        )
 
 
 def _request_id(scope: HTTPScope) -> str:
     """Return the caller's `X-Request-ID` if it is fit for a log, else a new one."""
-    for name, value in scope["headers"]:
-        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
-            return value.decode()
-    return str(uuid7())
+    given = header(scope, b"x-request-id")
+    return given if given is not None and _REQUEST_ID.fullmatch(given) else str(uuid7())
 
 
 def _in_time(receive: Receive, seconds: float) -> Receive:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+from collections.abc import Mapping
 from typing import Annotated, TypeAlias
 
 from litestar.params import QueryParameter
+from litestar.types import HTTPScope
 from user_service_schemas import FieldError
 
 from ..errors import DeviceNotFound, Invalid, InvalidCursor, ServiceError, UserNotFound
@@ -23,6 +25,17 @@ Limit: TypeAlias = Annotated[int, QueryParameter(ge=1, le=200)]
 """How many items a page has."""
 PageLimit: TypeAlias = Annotated[int, QueryParameter(ge=1, le=1000)]
 """How many items a page of small items has."""
+
+
+def header(scope: HTTPScope, name: bytes) -> str | None:
+    """Return a header of a request, the first one if it is there more than once.
+
+    `name` is in small letters, as ASGI has them. The headers were made a dictionary once (see
+    `observation`): to Litestar that costs 10 µs, and to look through them each time more than this.
+    """
+    headers: Mapping[bytes, bytes] = scope["state"]["headers"]
+    value = headers.get(name)
+    return None if value is None else value.decode("latin-1")
 
 
 def user_id_of(text: str) -> str:
@@ -48,18 +61,18 @@ def if_match(request: HTTPRequest) -> EntityTags | None:
     return None if header is None else EntityTags(header)
 
 
-def min_version(request: HTTPRequest) -> int:
+def min_version(scope: HTTPScope) -> int:
     """Return the version below which a cached copy is not believed (`X-Min-Version`).
 
     Raises:
         Invalid: it is not a number.
     """
-    header = request.headers.get("x-min-version")
-    if header is None:
+    said = header(scope, b"x-min-version")
+    if said is None:
         return 0
-    if not _VERSION.fullmatch(header):
+    if not _VERSION.fullmatch(said):
         raise Invalid(FieldError(field="X-Min-Version", message="Expected a version number."))
-    return int(header)
+    return int(said)
 
 
 def encode_cursor(listing: str, position: str) -> str:

@@ -42,15 +42,6 @@ async def read_choices(connection: AsyncConnection, user_id: str) -> Choices:
     return Choices(**values)
 
 
-async def update_choices(connection: AsyncConnection, user_id: str, choices: Choices) -> None:
-    """Set what a locked user has said."""
-    await connection.execute(
-        update(preferences)
-        .where(preferences.c.user_id == user_id)
-        .values(**msgspec.structs.asdict(choices))
-    )
-
-
 async def append_history(
     connection: AsyncConnection,
     user_id: str,
@@ -59,19 +50,22 @@ async def append_history(
     *,
     consent: Consent | None,
     actor: str | None,
+    choices: Choices | None = None,
 ) -> None:
-    """Append an entry to the consent history."""
-    await connection.execute(
-        insert(preference_history).values(
-            user_id=user_id,
-            version=version,
-            at=func.clock_timestamp(),
-            actor=actor,
-            source=consent and consent.source,
-            policy_version=consent and consent.policy_version,
-            changes=msgspec.to_builtins(changes),
-        )
+    """Append an entry to the consent history; with `choices`, set what the locked user has said."""
+    statement = insert(preference_history).values(
+        user_id=user_id,
+        version=version,
+        at=func.clock_timestamp(),
+        actor=actor,
+        source=consent and consent.source,
+        policy_version=consent and consent.policy_version,
+        changes=msgspec.to_builtins(changes),
     )
+    if choices is not None:
+        said = update(preferences).where(preferences.c.user_id == user_id)
+        statement = statement.add_cte(said.values(**msgspec.structs.asdict(choices)).cte("said"))
+    await connection.execute(statement)
 
 
 async def read_history(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from litestar import Router, get, route
 from litestar.params import FromPath, FromQuery, JSONBody
 from litestar.response.base import ASGIResponse
+from litestar.types import ASGIApp
 from user_service_schemas import (
     ErrorCode,
     Page,
@@ -17,7 +18,15 @@ from user_service_schemas import (
 from ..http.answers import PRIVATE, HTTPRequest, answer, is_held, not_modified
 from ..http.idempotency import Idempotency
 from ..http.operations import operation
-from ..http.requests import Limit, decode_cursor, encode_cursor, if_match, min_version, user_id_of
+from ..http.requests import (
+    Limit,
+    decode_cursor,
+    encode_cursor,
+    header,
+    if_match,
+    min_version,
+    user_id_of,
+)
 from ..storage.documents import Documents
 from .service import PreferenceCenter
 
@@ -45,10 +54,10 @@ def preferences_router(
             scope=Scope.USERS_READ,
         ),
     )
-    async def get_preferences(request: HTTPRequest, user_id: FromPath[str]) -> ASGIResponse:
-        user = await documents.get_user(user_id_of(user_id), min_version(request))
+    async def get_preferences(request: HTTPRequest, user_id: FromPath[str]) -> ASGIApp:
+        user = await documents.get_user(user_id_of(user_id), min_version(request.scope))
         etag = documents.etag(user.version)
-        if is_held(request, etag):
+        if is_held(header(request.scope, b"if-none-match"), etag):
             return not_modified(etag)
         return answer(
             user.preferences, "Preferences retrieved", headers=[("ETag", etag)], cache=PRIVATE

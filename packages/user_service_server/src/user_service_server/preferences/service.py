@@ -50,7 +50,6 @@ class PreferenceCenter:
             after = merge_preferences(before, request, self._catalogue)
             changes = preference_changes(before, after)
             if changes:
-                await repository.update_choices(write.connection, user_id, after)
                 write.changed(user_id, ChangeKind.PREFERENCES_UPDATED)
             if changes or consent:
                 version = row.version + bool(changes)
@@ -61,6 +60,7 @@ class PreferenceCenter:
                     changes,
                     consent=consent,
                     actor=write.actor,
+                    choices=after if changes else None,
                 )
             return await write.conclude(
                 lambda: (write.document.preferences, write.document.version)

@@ -187,15 +187,18 @@ class DocumentCache:
     async def _answer(
         self, wanted: Mapping[str, list[asyncio.Future[StoredDocument | Absence]]]
     ) -> None:
-        keys = list(wanted)
-        for key, found in zip(keys, await self._look(keys), strict=True):
+        hits = bypasses = 0
+        answers = await self._look(list(wanted))
+        for waiting, found in zip(wanted.values(), answers, strict=True):
             if isinstance(found, StoredDocument):
-                self._hits.inc(len(wanted[key]))
+                hits += len(waiting)
             elif found is BYPASS:
-                self._bypasses.inc(len(wanted[key]))
-            for future in wanted[key]:
+                bypasses += len(waiting)
+            for future in waiting:
                 if not future.done():
                     future.set_result(found)
+        self._hits.inc(hits)
+        self._bypasses.inc(bypasses)
 
     async def get_many(self, ids: Sequence[str]) -> list[StoredDocument | Absence]:
         """Return what is cached of `ids`, in their order.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from sqlalchemy import ColumnElement, Row, Text, any_, cast, func, literal_column, select
@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from user_service_schemas import RULES, Choices, Device, User, effective_preferences
 
 from ..settings import Settings
-from .tables import devices, preferences, users
+from .tables import change_feed, devices, preferences, service_state, users
 
 _ID = UUID(as_uuid=False)
 _decode_devices = msgspec.json.Decoder(tuple[Device, ...]).decode
@@ -100,6 +100,23 @@ _DOCUMENT = (
 )
 
 
+class Snapshot(NamedTuple):
+    """Documents, and the last position of the change feed and the epoch when they were like this.
+
+    All of one statement: of a later one, a replica that goes on meanwhile would show too much.
+    """
+
+    documents: dict[str, Document]
+    position: int
+    epoch: str
+
+
+_SNAPSHOT = _DOCUMENT.add_columns(
+    select(change_feed.c.last_position).scalar_subquery().label("position"),
+    select(service_state.c.epoch).scalar_subquery().label("epoch"),
+)
+
+
 class DocumentShape:
     """The settings that shape a document, and `format`, the digest of shape and settings."""
 
@@ -124,6 +141,16 @@ class DocumentShape:
         """Read the documents of `ids`; who is not there is left out."""
         found = await self.read(connection, is_one_of(users.c.id, ids))
         return {document.user.id: document for document in found}
+
+    async def read_snapshot(
+        self, connection: AsyncConnection, ids: Sequence[str]
+    ) -> Snapshot | None:
+        """Read the documents of `ids`, and of when they are; None if nobody is there."""
+        rows = (await connection.execute(_SNAPSHOT.where(is_one_of(users.c.id, ids)))).all()
+        if not rows:
+            return None
+        found = {row.id: self._document(row) for row in rows}
+        return Snapshot(found, rows[0].position, rows[0].epoch)
 
     def _document(self, row: Row[*tuple[Any, ...]]) -> Document:
         choices = Choices(

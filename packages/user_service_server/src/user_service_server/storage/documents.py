@@ -25,6 +25,7 @@ from .document import (
     decode_user,
     is_one_of,
 )
+from .replica import FILL_WITHIN, Replica
 from .state import StateWatcher
 from .tables import cache_generations, users
 
@@ -257,6 +258,7 @@ class Write:
             documents.leave_behind_soon(self._announcement.generations)
             raise
         finally:
+            documents.replica.wrote(self._announcement.keys)
             documents.forget_flights(self._announcement.keys)
             await self.connection.close()
         documents.state.adopt(self._generations, "unannounced_write")
@@ -296,11 +298,17 @@ class Documents:
     """The users' documents, as one process sees them."""
 
     def __init__(
-        self, database: Database, state: StateWatcher, cache: DocumentCache, shape: DocumentShape
+        self,
+        database: Database,
+        state: StateWatcher,
+        cache: DocumentCache,
+        shape: DocumentShape,
+        replica: Replica,
     ) -> None:
         self.cache = cache
         self.shape = shape
         self.state = state
+        self.replica = replica
         self._database = database
         self._flights: dict[str, _Flight] = {}
         self._unknown: dict[str, float] = {}
@@ -333,13 +341,11 @@ class Documents:
             raise UserNotFound
         cached = await self.cache.get(user_id)
         if isinstance(cached, StoredDocument):
-            if cached.version >= min_version:
-                return cached
-            found = await self._load(user_id, fill=False)
+            found: StoredDocument | None = cached
         else:
             found = await self._join_flight(user_id, fill=cached is MISS)
-            if found is not None and found.version < min_version:
-                found = await self._load(user_id, fill=False)
+        if found is not None and found.version < min_version:
+            found = (await self._read_from_primary([user_id])).get(user_id)
         if found is None:
             raise UserNotFound
         return found
@@ -357,13 +363,10 @@ class Documents:
         found = {i: doc for i, doc in cached.items() if isinstance(doc, StoredDocument)}
         lacking = [i for i in cached if i not in found and not self._is_unknown(i)]
         if lacking:
-            leases = await self.cache.lease([i for i in lacking if cached[i] is MISS])
-            async with self._database.reading() as connection:
-                read = await self.shape.read_by_id(connection, lacking)
-            found |= {user_id: document.stored() for user_id, document in read.items()}
+            read = await self._load(lacking, [i for i in lacking if cached[i] is MISS])
+            found |= read
             for user_id in set(lacking) - read.keys():
                 self._remember_unknown(user_id)
-            self._fill({i: found[i] for i in leases if i in found}, leases)
         return found
 
     async def find(self, *where: ColumnElement[bool], limit: int | None = None) -> list[User]:
@@ -428,7 +431,7 @@ class Documents:
         """Read a document from Postgres, once for all who miss it at the same time."""
         flight = self._flights.get(user_id)
         if flight is None or time.monotonic() - flight.began > FLIGHT_AGE:
-            task = asyncio.create_task(self._load(user_id, fill))
+            task = asyncio.create_task(self._load_one(user_id, fill))
             flight = self._flights[user_id] = _Flight(task, time.monotonic())
             task.add_done_callback(lambda _: self._landed(user_id, flight))
         return await asyncio.shield(flight.task)
@@ -440,20 +443,41 @@ class Documents:
             if found is None:
                 self._remember_unknown(user_id)
 
-    async def _load(self, user_id: str, fill: bool) -> StoredDocument | None:
-        leases = await self.cache.lease([user_id]) if fill else {}
-        async with self._database.reading() as connection:
-            found = await self.shape.read_by_id(connection, [user_id])
-        if user_id not in found:
-            return None
-        document = found[user_id].stored()
-        self._fill({user_id: document} if leases else {}, leases)
-        return document
+    async def _load_one(self, user_id: str, fill: bool) -> StoredDocument | None:
+        return (await self._load([user_id], [user_id] if fill else [])).get(user_id)
 
-    def _fill(self, documents: Mapping[str, StoredDocument], leases: Mapping[str, str]) -> None:
-        """Fill the cache while the answer is already on its way."""
-        if documents:
-            self._in_background(self.cache.fill(documents, leases))
+    async def _load(
+        self, ids: Sequence[str], missed: Sequence[str]
+    ) -> Mapping[str, StoredDocument]:
+        """Read documents from the replica or else from the primary, and cache those of `missed`.
+
+        They are cached while the answer is already on its way.
+        """
+        leases = await self.cache.lease(missed) if missed else {}
+        replicated = {i: read.stored() for i, read in (await self.replica.read(ids)).items()}
+        if fill := {i: replicated[i] for i in leases if i in replicated}:
+            current = self.replica.settle({i: document.version for i, document in fill.items()})
+            self._in_background(self._fill_when_settled(fill, leases, current))
+        lacking = [user_id for user_id in ids if user_id not in replicated]
+        read = await self._read_from_primary(lacking) if lacking else {}
+        if fill := {i: read[i] for i in leases if i in read}:
+            self._in_background(self.cache.fill(fill, leases))
+        return {**replicated, **read}
+
+    async def _read_from_primary(self, ids: Sequence[str]) -> dict[str, StoredDocument]:
+        async with self._database.reading() as connection:
+            read = await self.shape.read_by_id(connection, ids)
+        return {user_id: document.stored() for user_id, document in read.items()}
+
+    async def _fill_when_settled(
+        self,
+        documents: Mapping[str, StoredDocument],
+        leases: Mapping[str, str],
+        current: asyncio.Future[set[str]],
+    ) -> None:
+        with contextlib.suppress(TimeoutError):
+            settled = await asyncio.wait_for(current, FILL_WITHIN)
+            await self.cache.fill({i: documents[i] for i in settled}, leases)
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)

@@ -211,20 +211,24 @@ class RedisLink:
                 future.set_result(answer)
 
     async def _run_all(self, commands: Sequence[Command]) -> list[Any]:
+        if isinstance(self._client, Redis):
+            return await self._run_some(_ONLY, commands)
         by_server: dict[str, list[int]] = defaultdict(list)
         for number, command in enumerate(commands):
-            by_server[self._server_of(command)].append(number)
+            by_server[_server_of(self._client, command)].append(number)
         replies: list[Any] = [UNREACHABLE] * len(commands)
 
         async def run_some(name: str, numbers: list[int]) -> None:
-            some = [commands[number] for number in numbers]
-            answered = await self._ask(name, lambda: self._pipeline(some))
-            if answered is not UNREACHABLE:
-                for number, reply in zip(numbers, answered, strict=True):
-                    replies[number] = reply
+            answered = await self._run_some(name, [commands[number] for number in numbers])
+            for number, reply in zip(numbers, answered, strict=True):
+                replies[number] = reply
 
         await asyncio.gather(*(run_some(*item) for item in by_server.items()))
         return replies
+
+    async def _run_some(self, name: str, commands: Sequence[Command]) -> list[Any]:
+        answered = await self._ask(name, lambda: self._pipeline(commands))
+        return [UNREACHABLE] * len(commands) if answered is UNREACHABLE else answered
 
     async def _pipeline(self, commands: Sequence[Command]) -> list[Any]:
         async with self._client.pipeline(transaction=False) as pipe:
@@ -303,15 +307,6 @@ class RedisLink:
         nodes = [node] if node else self._client.get_primaries()
         return await asyncio.gather(*(node.execute_command("PING") for node in nodes))
 
-    def _server_of(self, command: Command) -> str:
-        if isinstance(self._client, Redis):
-            return _ONLY
-        key = command[3] if command[0] == "EVAL" else command[1]
-        with contextlib.suppress(RedisError, RedisClusterException):
-            if node := self._client.get_node_from_key(key):
-                return str(node.name)
-        return _ONLY
-
     async def _greet(self, connection: AbstractConnection) -> None:
         """Look who answers on a new connection.
 
@@ -348,6 +343,14 @@ class RedisLink:
 
 _ONLY = "redis"
 """The name of the one server, or of a cluster that was not reached yet."""
+
+
+def _server_of(cluster: RedisCluster, command: Command) -> str:
+    key = command[3] if command[0] == "EVAL" else command[1]
+    with contextlib.suppress(RedisError, RedisClusterException):
+        if node := cluster.get_node_from_key(key):
+            return str(node.name)
+    return _ONLY
 
 
 def _buckets_of(nodes: bytes) -> Collection[int]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import msgspec
-from sqlalchemy import delete, func, select, text, tuple_
+from sqlalchemy import BigInteger, Row, bindparam, delete, func, select, true, tuple_
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -23,34 +24,47 @@ class RecordedAnswer(msgspec.Struct, frozen=True):
     body: bytes
 
 
-_TRY_LOCK = text("SELECT pg_try_advisory_xact_lock(CAST(:name AS bigint))")
+_c = recorded_answers.c
+_FIND = select(_c.digest, _c.status, _c.headers, _c.body).where(
+    _c.caller == bindparam("caller"),
+    _c.key == bindparam("key"),
+    _c.at > func.now() - func.make_interval(0, 0, 0, 0, KEPT_HOURS),
+)
+_found = _FIND.subquery()
+_try_lock = select(
+    func.pg_try_advisory_xact_lock(bindparam("name", type_=BigInteger)).label("is_mine")
+).subquery()
+_LOCK_AND_FIND = select(_try_lock.c.is_mine, _found).select_from(
+    _try_lock.outerjoin(_found, true())
+)
 
 
 async def find(connection: AsyncConnection, caller: str, key: str) -> RecordedAnswer | None:
     """Read what a caller's key got in the last 24 hours."""
-    c = recorded_answers.c
-    found = await connection.execute(
-        select(c.digest, c.status, c.headers, c.body).where(
-            c.caller == caller,
-            c.key == key,
-            c.at > func.now() - func.make_interval(0, 0, 0, 0, KEPT_HOURS),
-        )
-    )
+    found = await connection.execute(_FIND, {"caller": caller, "key": key})
     row = found.first()
-    if row is None:
-        return None
-    headers = [(name, value) for name, value in row.headers]
-    return RecordedAnswer(digest=row.digest, status=row.status, headers=headers, body=row.body)
+    return None if row is None else _answer(row)
 
 
-async def try_lock(connection: AsyncConnection, caller: str, key: str) -> bool:
-    """Lock a caller's key until the end of the transaction; False if another has it.
+async def lock_and_find(
+    connection: AsyncConnection, caller: str, key: str
+) -> tuple[bool, RecordedAnswer | None]:
+    """Lock a caller's key until the end of the transaction, and read what it got.
 
-    A repeat that waited on a unique index instead would only hold a connection.
+    Returns False first if another has it: a repeat that waited on a unique index instead would only
+    hold a connection. One statement sees what was there before it had the lock, so what is not
+    found may have come meanwhile: `record` looks again.
     """
     digest = hashlib.sha256(b"\0".join([b"repeat", caller.encode(), key.encode()])).digest()
     name = int.from_bytes(digest[:8], "big", signed=True)
-    return bool(await connection.scalar(_TRY_LOCK, {"name": name}))
+    found = await connection.execute(_LOCK_AND_FIND, {"name": name, "caller": caller, "key": key})
+    row = found.one()
+    return row.is_mine, None if row.digest is None else _answer(row)
+
+
+def _answer(row: Row[*tuple[Any, ...]]) -> RecordedAnswer:
+    headers = [(name, value) for name, value in row.headers]
+    return RecordedAnswer(digest=row.digest, status=row.status, headers=headers, body=row.body)
 
 
 async def record(
@@ -59,8 +73,10 @@ async def record(
     key: str,
     user_id: str | None,
     answer: RecordedAnswer,
-) -> None:
+) -> bool:
     """Keep the answer of a locked key, in place of one that is older than 24 hours.
+
+    False if there is a newer one, which came before the lock was got.
 
     It is forgotten when `user_id` is erased; None, if it holds nothing of anybody.
     """
@@ -72,11 +88,17 @@ async def record(
         "user_id": user_id,
         "at": func.now(),
     }
-    await connection.execute(
+    kept = await connection.execute(
         insert(recorded_answers)
         .values(caller=caller, key=key, **values)
-        .on_conflict_do_update(constraint="pk_recorded_answers", set_=values)
+        .on_conflict_do_update(
+            constraint="pk_recorded_answers",
+            set_=values,
+            where=_c.at <= func.now() - func.make_interval(0, 0, 0, 0, KEPT_HOURS),
+        )
+        .returning(_c.key)
     )
+    return kept.first() is not None
 
 
 async def forget(connection: AsyncConnection, user_id: str) -> None:

@@ -14,7 +14,7 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, text
 
-from ...settings import Settings
+from ...settings import Settings, SettingsError
 from ..database import connected
 
 _LOCK = 0x75736D67  # "usmg": one migration at a time
@@ -25,6 +25,7 @@ def upgrade(settings: Settings, revision: str = "head") -> None:
     """Bring the settings' database to `revision`, one process at a time.
 
     Raises:
+        SettingsError: the way to Postgres leads through PgBouncer.
         DependencyUnavailable: Postgres cannot be reached.
         Overloaded: another migration, or a lock on a table, held it up for more than 30 s.
     """
@@ -38,6 +39,12 @@ def downgrade(settings: Settings, revision: str) -> None:
 
 async def run(settings: Settings, action: Callable[[Config], None]) -> None:
     """Run an Alembic command on the settings' database under the lock of migrations."""
+    if settings.pgbouncer:
+        # The lock is a session's: through PgBouncer it would be taken in one and stay there.
+        raise SettingsError(
+            "PGBOUNCER=on is wrong here: tables are migrated past PgBouncer, with PGBOUNCER=off"
+            " and the DATABASE_URL of PostgreSQL itself"
+        )
 
     def locked(connection: Connection) -> None:
         connection.execute(text(f"SET lock_timeout = '{_LOCK_TIMEOUT}'"))

@@ -1,0 +1,103 @@
+"""Budget 2: a user that is not cached, and what PostgreSQL is asked for it."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import httpx
+
+from benchmarks import documents, load, wire
+from benchmarks.budgets import Budget, Goal
+from benchmarks.load import Load, Requests, Running, answered
+from benchmarks.surroundings import PEER, SERVICE, USERS, Surroundings, cache_reads
+from benchmarks.wire import taken_by
+
+ROUNDS = 6
+SECONDS = 1
+CONNECTIONS = 16
+COUNTED = 60
+"""Reads whose statements are counted."""
+
+
+def measure(surroundings: Surroundings) -> list[Budget]:
+    """Measure it in turn with the peer's, each user once and after all was forgotten."""
+    server, peer = surroundings.server, surroundings.peer
+    requests = load.write(
+        surroundings.directory / "each-user",
+        (load.request("GET", _path(n), surroundings.headers) for n in range(USERS)),
+        "once",
+    )
+    before = cache_reads(server)
+    loads = load.medians(
+        ROUNDS,
+        get=partial(_put_cold, surroundings, server, SERVICE, requests),
+        peer=partial(_put_cold, surroundings, peer, PEER, requests),
+    )
+    after = cache_reads(server)
+    read = {result: count - before.get(result, 0) for result, count in after.items()}
+    return [
+        Budget(
+            2,
+            "GET, not cached",
+            (
+                Goal(
+                    name=f"{CONNECTIONS} connections",
+                    figure=loads["get"].rate,
+                    unit="requests/s",
+                    bound="≥",
+                    limit=8,
+                    ceiling=loads["peer"].rate,
+                    beside="P",
+                    cpu_ratio=loads["peer"].cpu / loads["get"].cpu,
+                    peers={
+                        "CPU µs": loads["get"].cpu * 1e6,
+                        "P CPU µs": loads["peer"].cpu * 1e6,
+                        "busy": loads["get"].busy,
+                        "p99 ms": loads["get"].p99 * 1e3,
+                        "P p99 ms": loads["peer"].p99 * 1e3,
+                    },
+                ),
+                Goal(
+                    name="SQL statements",
+                    figure=_statements(surroundings),
+                    unit="statements",
+                    bound="≤",
+                    limit=1,
+                    of="figure",
+                ),
+                answered(loads["get"]),
+                Goal(
+                    name="out of PostgreSQL",
+                    figure=sum(read.values()) - read.get("hit", 0),
+                    unit="documents",
+                    bound="≥",
+                    limit=0.99,
+                    ceiling=sum(read.values()),
+                    beside="documents read",
+                ),
+            ),
+        )
+    ]
+
+
+def _put_cold(
+    surroundings: Surroundings, server: Running, database: int, requests: Requests
+) -> Load:
+    surroundings.forget(database)
+    return load.put_on(server, requests, connections=CONNECTIONS, seconds=SECONDS)
+
+
+def _statements(surroundings: Surroundings) -> float:
+    """Return how many statements a read takes."""
+    surroundings.forget(SERVICE)
+    with (
+        wire.server_behind(surroundings) as (url, tapped),
+        httpx.Client(base_url=url, headers=surroundings.headers) as http,
+    ):
+        return taken_by(
+            tapped, lambda number: http.get(_path(number)).raise_for_status(), COUNTED
+        ).statements
+
+
+def _path(number: int) -> str:
+    return f"/api/v1/users/{documents.user_id(number)}"
