@@ -6,10 +6,12 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
 from user_service_client import (
     CacheOptions,
     DeadlineExceeded,
+    Invalid,
     NotFound,
     NotSent,
     ServerError,
@@ -98,6 +100,41 @@ async def test_a_follower_with_a_longer_deadline_makes_the_flight_last(network: 
         # The leader's time is up when the flight is tried again: either may be first.
         await asyncio.gather(leader, return_exceptions=True)
         assert await follower == user
+
+
+async def test_what_followers_try_again_lasts_as_long_as_the_most_patient_of_them() -> None:
+    """On the real clock: one by one, each with its own deadline, they would ask 20 times."""
+    asked = 0
+
+    async def never(_request: httpx.Request) -> httpx.Response:
+        nonlocal asked
+        asked += 1
+        await asyncio.Event().wait()
+        raise AssertionError("nobody sets it")
+
+    async with UserServiceClient("http://h", transport=httpx.MockTransport(never)) as client:
+        seconds = [0.1 + 0.02 * number for number in range(20)]
+        reads = [client.users.get(NOBODY, timeout=timeout) for timeout in seconds]
+        ended = await asyncio.gather(*reads, return_exceptions=True)
+    assert {type(error) for error in ended} == {DeadlineExceeded}
+    assert asked == 2
+
+
+async def test_who_joins_a_batch_is_not_refused_for_what_others_have_asked(
+    network: Network, client: UserServiceClient
+) -> None:
+    user, held = network.fake.user(), network.hold("users.get_many")
+    batch = asyncio.create_task(client.users.get_many([user.id, "no id"]))
+    await held.arrived()
+    one = asyncio.create_task(client.users.get(user.id))
+    same = asyncio.create_task(client.users.get_many(["no id", user.id]))
+    await asyncio.sleep(0)
+    held.release()
+    assert await one == user
+    for refused in (batch, same):
+        with pytest.raises(Invalid):
+            await refused
+    assert network.requests == {"users.get_many": 1, "users.get": 1}
 
 
 async def test_a_failure_is_shared_and_not_kept(

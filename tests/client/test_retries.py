@@ -164,7 +164,10 @@ async def test_the_key_of_the_caller_goes_with_each_attempt(scripted: Scripted) 
     assert sent == ["task-7"] * 3
 
 
-async def test_the_key_of_the_service_is_asked_for_at_each_attempt() -> None:
+@pytest.mark.parametrize("headers", [None, {"X-Of-The-Caller": "1"}])
+async def test_the_key_of_the_service_is_asked_for_at_each_attempt(
+    headers: dict[str, str] | None,
+) -> None:
     keys = iter(["one", "two", "three"])
     sent: list[str] = []
 
@@ -179,7 +182,7 @@ async def test_the_key_of_the_service_is_asked_for_at_each_attempt() -> None:
         "http://h", api_key=key, transport=httpx.MockTransport(answer), clock=VirtualClock()
     ) as client:
         with pytest.raises(ServerError):
-            await client.users.delete(USER_ID)
+            await client.users.delete(USER_ID, headers=headers)
     assert sent == ["Bearer one", "Bearer two", "Bearer three"]
 
 

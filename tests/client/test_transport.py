@@ -167,6 +167,13 @@ async def test_get_many_has_one_deadline_for_all_its_requests() -> None:
             await client.users.get_many((str(i) for i in range(8000)), timeout=0.25)
 
 
+async def test_what_cannot_be_written_as_http_was_not_sent() -> None:
+    async with UserServiceClient("http://127.0.0.1:1") as client:
+        with pytest.raises(NotSent) as caught:
+            await client.users.delete(USER_ID, headers={"X-Split": "a\r\nb"}, retries=0)
+    assert not caught.value.maybe_processed
+
+
 async def test_a_header_that_is_refused_is_not_quoted() -> None:
     async def answer(_: asyncio.StreamReader, __: asyncio.StreamWriter) -> None:
         await asyncio.Event().wait()

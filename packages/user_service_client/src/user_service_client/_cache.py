@@ -35,6 +35,7 @@ from user_service_client._store import MAX_FREQ, Store, Stored
 from user_service_client.errors import (
     DeadlineExceeded,
     DecodeError,
+    Invalid,
     NotFound,
     UserServiceError,
 )
@@ -388,8 +389,13 @@ class DocumentCache:
         """Return how old a copy may be if the service cannot be reached."""
         return self._options.max_stale if wish.max_stale is None else wish.max_stale
 
-    async def _ask(self, ids: Sequence[str], wish: Wish, one_by_one: bool) -> Found:
-        """Ask the service; where it cannot be reached, a copy will do that is not too old."""
+    async def _ask(
+        self, ids: Sequence[str], wish: Wish, one_by_one: bool, until: float = -math.inf
+    ) -> Found:
+        """Ask the service; where it cannot be reached, a copy will do that is not too old.
+
+        Others wait `until` then, at the latest, for what a request that failed was to bring.
+        """
         self._home.enter()  # before requests of another loop are joined
         started = self._monotonic()
         joined: dict[Flight[Found], list[str]] = {}
@@ -401,9 +407,11 @@ class DocumentCache:
             if flight is None:
                 new.append(user_id)
             else:
+                flight.wanted_until = max(flight.wanted_until, wish.deadline)
                 joined.setdefault(flight, []).append(user_id)
-        flights = joined | self._depart(new, wish.deadline, wish.options, one_by_one)
-        if joined:
+        deadline = max(wish.deadline, until)
+        flights = joined | self._depart(new, deadline, wish.options, one_by_one)
+        if joined or deadline > wish.deadline:
             with suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, wish.deadline - started) + GRACE):
                     await until_over(flights)
@@ -420,21 +428,28 @@ class DocumentCache:
                 found |= {user_id: flight.found[user_id] for user_id in some}
             elif not isinstance(error, UserServiceError):
                 raise error
-            elif self._was_impatient(flight, error, wish):
+            elif self._was_for_others(flight, error, ids, wish):
                 again += some
+                until = max(until, flight.wanted_until)
             else:
                 found |= self._make_do(some, error, wish)
         if again:
-            found |= await self._ask(again, wish, one_by_one)
+            # For all who waited, or each would ask again when the time of the one before is up.
+            found |= await self._ask(again, wish, one_by_one, until)
         return found
 
-    def _was_impatient(self, flight: Flight[Found], error: Exception, wish: Wish) -> bool:
-        """Whether a request has failed since who began it had less time than who joined it."""
-        return (
-            isinstance(error, DeadlineExceeded)
-            and flight.deadline < wish.deadline
-            and self._monotonic() < wish.deadline - TICK
-        )
+    def _was_for_others(
+        self, flight: Flight[Found], error: UserServiceError, ids: Sequence[str], wish: Wish
+    ) -> bool:
+        """Whether a request has failed only for those who began it.
+
+        They had less time than who joined it, or asked for what is no id, which these `ids` lack.
+        """
+        if self._monotonic() >= wish.deadline - TICK:
+            return False
+        if isinstance(error, DeadlineExceeded):
+            return flight.deadline < wish.deadline
+        return isinstance(error, Invalid) and not set(flight.ids) <= set(ids)
 
     def _make_do(self, ids: Sequence[str], error: UserServiceError, wish: Wish) -> Found:
         """Return copies where the service could not be reached; raises the error without them.

@@ -10,11 +10,9 @@ from collections.abc import (
     Callable,
     Iterator,
     Mapping,
-    MutableMapping,
     Sequence,
 )
 from contextlib import asynccontextmanager
-from copy import copy
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TypeAlias, TypedDict, TypeVar
@@ -57,6 +55,9 @@ ApiKey: TypeAlias = str | Callable[[], str] | Callable[[], Awaitable[str]]
 
 TICK = 0.001
 """Seconds by which a timer of the event loop may be early."""
+
+_Headers: TypeAlias = dict[str, str] | httpx.Headers
+"""Not any mapping: `copy.copy` of `httpx.Headers` shares its list with the original."""
 
 Id: TypeAlias = str | UUID
 """The id of a user or a device."""
@@ -162,7 +163,7 @@ class _Run:
     def __init__(
         self,
         call: Call,
-        headers: MutableMapping[str, str],
+        headers: _Headers,
         deadline: float,
         retries: int,
         *,
@@ -339,7 +340,7 @@ class Calls:
             async with expiry:
                 headers = run.headers
                 if self._api_key is not None and "Authorization" not in headers:
-                    headers = copy(headers)
+                    headers = headers.copy()
                     headers["Authorization"] = f"Bearer {await self._key(self._api_key)}"
                 number = run.attempts
                 with self._tracing.attempt(call.operation, number, call.method, headers) as told:
@@ -417,7 +418,7 @@ class Calls:
                 raise answer.error(self._clock.now())
             yield response
 
-    def _headers(self, call: Call) -> MutableMapping[str, str]:
+    def _headers(self, call: Call) -> _Headers:
         # made here, so that a call without an answer can be found in the logs, too
         headers = {**self._every_header, "X-Request-ID": os.urandom(16).hex()}
         if call.body is not None:
@@ -444,7 +445,7 @@ class Calls:
         return _checked_key(made if isinstance(made, str) else await made)
 
 
-def _request(call: Call, headers: MutableMapping[str, str]) -> Outgoing:
+def _request(call: Call, headers: _Headers) -> Outgoing:
     target = f"{call.path}?{urlencode(call.params)}" if call.params else call.path
     body = b"" if call.body is None else msgspec.json.encode(call.body)
     if body:

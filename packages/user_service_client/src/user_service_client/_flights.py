@@ -20,19 +20,22 @@ class Flight(Generic[T]):
     """A request for one user or many.
 
     Attributes:
+        ids: Whom it asks for.
         deadline: When it ends at the latest, by the client's clock.
+        wanted_until: The latest deadline of those who wait for it.
         over: Whether it has ended, which can be waited for.
         found: What it has brought, if there is no `error`.
         error: What it has failed with.
     """
 
-    __slots__ = ("deadline", "error", "found", "over", "task")
+    __slots__ = ("deadline", "error", "found", "ids", "over", "task", "wanted_until")
 
     found: T
     task: asyncio.Task[None]
 
-    def __init__(self, deadline: float) -> None:
-        self.deadline = deadline
+    def __init__(self, ids: Sequence[str], deadline: float) -> None:
+        self.ids = ids
+        self.deadline = self.wanted_until = deadline
         self.over = asyncio.Event()
         # Unless it says otherwise: it may be cancelled, by `aclose` alone, before it has begun.
         self.error: Exception | None = NotSent("the client was closed")
@@ -63,7 +66,7 @@ class Flights(Generic[T]):
         is_shared: bool,
     ) -> Flight[T]:
         """Begin a request, which others may join if it `is_shared`."""
-        flight: Flight[T] = Flight(deadline)
+        flight: Flight[T] = Flight(ids, deadline)
         if is_shared:
             self._by_user |= dict.fromkeys(ids, flight)
         task = asyncio.create_task(self._fly(ids, flight, request), name="user-service-fetch")

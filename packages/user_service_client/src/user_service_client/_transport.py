@@ -24,7 +24,7 @@ _NOT_SENT = (
     httpx.ProxyError,
     httpx.UnsupportedProtocol,
 )
-"""What can only be raised before the first byte of a request. Not `LocalProtocolError`: HTTP/2
+"""What can only be raised before the first byte of a request. `LocalProtocolError` may be: HTTP/2
 transports raise it in the middle of an exchange, too."""
 
 _FAILURES = (httpx.HTTPError, httpx.StreamError, OSError)
@@ -252,7 +252,8 @@ async def _whole(response: httpx.Response) -> bytes:
 def _ours(attempt: Attempt, error: Exception) -> UserServiceError:
     """Return what a transport's error is to the caller."""
     error_class: type[UserServiceError] = MaybeProcessed
-    if isinstance(error, _NOT_SENT):
+    is_unwritable = isinstance(error, httpx.LocalProtocolError) and not attempt.may_have_left
+    if isinstance(error, _NOT_SENT) or is_unwritable:
         error_class = NotSent
     elif isinstance(error, httpx.DecodingError):
         error_class = DecodeError

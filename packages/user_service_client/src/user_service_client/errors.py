@@ -67,7 +67,10 @@ class UserServiceError(Exception):
 
 
 class NotSent(UserServiceError):
-    """The request never left: no connection could be had. Repeating it is safe."""
+    """The request never left: no connection could be had, or HTTP cannot carry its headers.
+
+    Repeating it is safe.
+    """
 
 
 class MaybeProcessed(UserServiceError):
