@@ -31,7 +31,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.streams import StreamReader
 from yarl import URL  # how aiohttp takes an address
 
-from user_service_client._transport import Attempt, Origin, Outgoing, Reply
+from user_service_client._transport import Attempt, Direct, Origin, Outgoing, Reply
 
 DNS_TTL = 10
 """Seconds that an address is kept: replicas move."""
@@ -69,7 +69,7 @@ def tls_context(*, verify: bool) -> ssl.SSLContext:
     return context
 
 
-class AiohttpTransport(httpx.AsyncBaseTransport):
+class AiohttpTransport(Direct, httpx.AsyncBaseTransport):
     """Sends HTTP/1.1 requests, each at most once, over connections that are kept.
 
     Bodies are read before they are sent. Connections belong to one event loop of one process; a
