@@ -7,15 +7,20 @@ The schedules are those of two servers on one Postgres and one Valkey, one effec
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from uuid import uuid4
 
 import pytest
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 from sqlalchemy.ext.asyncio import AsyncConnection
-from user_service_server.errors import DependencyUnavailable
+from user_service_server.errors import DependencyUnavailable, UserNotFound
 from user_service_server.settings import Settings
 from user_service_server.storage import documents
 from user_service_server.storage.buckets import ALL_BUCKETS, bucket_of
 from user_service_server.storage.database import COMMAND_TIMEOUT
+from user_service_server.storage.document import StoredDocument, decode_user
 from user_service_server.storage.documents import CONCLUSION_TIMEOUT
 from user_service_server.storage.state import renew_epoch
 
@@ -194,6 +199,75 @@ async def test_futures_are_detached_by_a_write(world: World, here: Replica) -> N
     await late.rest()
     assert await early.finish() == 1
     assert await late.finish() == 2, "a read after the write has joined one from before"
+
+
+@contextmanager
+def reads(meet: Callable[[], object] = lambda: None) -> Iterator[list[str]]:
+    """Collect the statements that read documents; the first of them meets with something."""
+    seen: list[str] = []
+
+    def note(_c: object, _cursor: object, statement: str, *_rest: object) -> None:
+        if "JOIN preferences" in statement:
+            seen.append(statement)
+            if len(seen) == 1:
+                meet()
+
+    event.listen(Engine, "before_cursor_execute", note)
+    try:
+        yield seen
+    finally:
+        event.remove(Engine, "before_cursor_execute", note)
+
+
+async def test_those_who_miss_different_documents_at_once_share_one_statement(
+    world: World, here: Replica
+) -> None:
+    """Each gets the own document, or hears that there is none, and each document is cached."""
+    known = [await world.user(bucket) for bucket in range(5)]
+    nobody = str(uuid4())
+    with reads() as statements:
+        answers = await asyncio.gather(
+            *(here.documents.get(user_id) for user_id in (*known, nobody)), return_exceptions=True
+        )
+        assert len(statements) == 1
+        *documents, absence = answers
+        found = [decode_user(d.body).id for d in documents if isinstance(d, StoredDocument)]
+        assert found == known
+        assert isinstance(absence, UserNotFound)
+        await here.documents.close()
+        assert [await world.cached(user_id) for user_id in known] == [1] * 5
+        with pytest.raises(UserNotFound):
+            await here.documents.get(nobody)
+        assert len(statements) == 1, "who is nobody is remembered"
+
+
+async def test_a_shared_statement_that_fails_is_told_to_all_and_joined_by_nobody_later(
+    world: World, here: Replica
+) -> None:
+    """A failure is no answer for those who ask afterwards."""
+    known = [await world.user() for _ in range(3)]
+
+    def refuse() -> None:
+        raise ConnectionRefusedError
+
+    with reads(refuse) as statements:
+        reading = [asyncio.ensure_future(here.documents.get(user_id)) for user_id in known]
+        await asyncio.wait(reading)
+        assert [type(read.exception()) for read in reading] == [DependencyUnavailable] * 3
+        assert [await here.read(user_id) for user_id in known] == [1] * 3
+    assert len(statements) == 1 + 3
+
+
+async def test_who_leaves_a_shared_statement_takes_no_other_along(
+    world: World, here: Replica
+) -> None:
+    """A caller who hangs up costs the others of the same turn nothing."""
+    ids = [await world.user() for _ in range(2)]
+    leaver, stayer = (asyncio.ensure_future(here.documents.get(user_id)) for user_id in ids)
+    with reads(leaver.cancel) as statements:
+        assert (await stayer).version == 1
+    assert leaver.cancelled()
+    assert len(statements) == 1
 
 
 async def test_write_announced_in_a_quiet_time_stores_nothing(

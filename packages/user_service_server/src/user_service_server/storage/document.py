@@ -8,7 +8,17 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import msgspec
-from sqlalchemy import ColumnElement, Row, Text, any_, cast, func, literal_column, select
+from sqlalchemy import (
+    ColumnElement,
+    Row,
+    Text,
+    any_,
+    bindparam,
+    cast,
+    func,
+    literal_column,
+    select,
+)
 from sqlalchemy.dialects.postgresql import ARRAY, UUID, aggregate_order_by
 from sqlalchemy.ext.asyncio import AsyncConnection
 from user_service_schemas import RULES, Choices, Device, User, effective_preferences
@@ -98,6 +108,10 @@ _DOCUMENT = (
     .join_from(users, preferences)
     .where(users.c.deleted_at.is_(None))
 )
+# Made once, with the ids as a parameter: to make it for each read, and to find what SQLAlchemy has
+# compiled of it before, took 260 of the 570 µs of CPU that a read of one user cost.
+_IS_ASKED_FOR = users.c.id == any_(bindparam("ids", type_=ARRAY(_ID)))
+_BY_ID = _DOCUMENT.where(_IS_ASKED_FOR)
 
 
 class Snapshot(NamedTuple):
@@ -111,7 +125,7 @@ class Snapshot(NamedTuple):
     epoch: str
 
 
-_SNAPSHOT = _DOCUMENT.add_columns(
+_SNAPSHOT = _BY_ID.add_columns(
     select(change_feed.c.last_position).scalar_subquery().label("position"),
     select(service_state.c.epoch).scalar_subquery().label("epoch"),
 )
@@ -139,14 +153,14 @@ class DocumentShape:
         self, connection: AsyncConnection, ids: Sequence[str]
     ) -> dict[str, Document]:
         """Read the documents of `ids`; who is not there is left out."""
-        found = await self.read(connection, is_one_of(users.c.id, ids))
-        return {document.user.id: document for document in found}
+        rows = await connection.execute(_BY_ID, {"ids": ids})
+        return {row.id: self._document(row) for row in rows}
 
     async def read_snapshot(
         self, connection: AsyncConnection, ids: Sequence[str]
     ) -> Snapshot | None:
         """Read the documents of `ids`, and of when they are; None if nobody is there."""
-        rows = (await connection.execute(_SNAPSHOT.where(is_one_of(users.c.id, ids)))).all()
+        rows = (await connection.execute(_SNAPSHOT, {"ids": ids})).all()
         if not rows:
             return None
         found = {row.id: self._document(row) for row in rows}

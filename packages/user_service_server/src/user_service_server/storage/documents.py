@@ -288,10 +288,12 @@ class Write:
 
 
 class _Flight(NamedTuple):
-    """A read of a document that is under way."""
+    """A read of a document that is under way, and who waits for it."""
 
-    task: asyncio.Task[StoredDocument | None]
+    user_id: str
+    fill: bool
     began: float
+    waiting: list[asyncio.Future[StoredDocument | None]]
 
 
 class Documents:
@@ -311,6 +313,7 @@ class Documents:
         self.replica = replica
         self._database = database
         self._flights: dict[str, _Flight] = {}
+        self._boarding: list[_Flight] = []
         self._unknown: dict[str, float] = {}
         self._background: set[asyncio.Task[None]] = set()
 
@@ -428,23 +431,53 @@ class Documents:
             self._unknown.pop(user_id, None)
 
     async def _join_flight(self, user_id: str, fill: bool) -> StoredDocument | None:
-        """Read a document from Postgres, once for all who miss it at the same time."""
+        """Read a document from Postgres, once for all who miss it at the same time.
+
+        All flights that begin in one turn of the event loop share their leases, their statement
+        and their fills: one call of SQLAlchemy costs more CPU than all the rest of a miss.
+        """
+        loop = asyncio.get_running_loop()
         flight = self._flights.get(user_id)
         if flight is None or time.monotonic() - flight.began > FLIGHT_AGE:
-            task = asyncio.create_task(self._load_one(user_id, fill))
-            flight = self._flights[user_id] = _Flight(task, time.monotonic())
-            task.add_done_callback(lambda _: self._landed(user_id, flight))
-        return await asyncio.shield(flight.task)
+            if not self._boarding:
+                loop.call_soon(self._take_off)
+            flight = self._flights[user_id] = _Flight(user_id, fill, time.monotonic(), [])
+            self._boarding.append(flight)
+        future: asyncio.Future[StoredDocument | None] = loop.create_future()
+        flight.waiting.append(future)
+        return await future
 
-    def _landed(self, user_id: str, flight: _Flight) -> None:
-        found = flight.task.cancelled() or flight.task.exception() or flight.task.result()
-        if self._flights.get(user_id) is flight:
-            del self._flights[user_id]
-            if found is None:
-                self._remember_unknown(user_id)
+    def _take_off(self) -> None:
+        flights, self._boarding = self._boarding, []
+        self._in_background(self._fly(flights))
 
-    async def _load_one(self, user_id: str, fill: bool) -> StoredDocument | None:
-        return (await self._load([user_id], [user_id] if fill else [])).get(user_id)
+    async def _fly(self, flights: Sequence[_Flight]) -> None:
+        # Who wrote in this very turn has left an earlier flight of the same user behind.
+        ids = list(dict.fromkeys(flight.user_id for flight in flights))
+        missed = list(dict.fromkeys(flight.user_id for flight in flights if flight.fill))
+        try:
+            found = await self._load(ids, missed)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is for those who wait
+            for flight in flights:
+                self._forget(flight)
+                for future in flight.waiting:
+                    if not future.done():
+                        future.set_exception(error)
+            return
+        for flight in flights:
+            document = found.get(flight.user_id)
+            if self._forget(flight) and document is None:
+                self._remember_unknown(flight.user_id)
+            for future in flight.waiting:
+                if not future.done():
+                    future.set_result(document)
+
+    def _forget(self, flight: _Flight) -> bool:
+        """Let nobody join it any more; returns whether anybody could."""
+        if self._flights.get(flight.user_id) is not flight:
+            return False
+        del self._flights[flight.user_id]
+        return True
 
     async def _load(
         self, ids: Sequence[str], missed: Sequence[str]
