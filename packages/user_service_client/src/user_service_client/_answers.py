@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -17,8 +16,6 @@ from user_service_client._transport import Reply
 from user_service_client.errors import ApiError, DecodeError, error_class
 
 T = TypeVar("T")
-U = TypeVar("U")
-P = TypeVar("P")
 
 _REFUSAL = msgspec.json.Decoder(Envelope[object])
 _SHOWABLE = re.compile(r"[A-Za-z0-9_.\[\]?-]{1,200}")
@@ -79,20 +76,16 @@ class Answer:
 
     def data(self, decoder: msgspec.json.Decoder[Envelope[T]]) -> T:
         """Return the data; raises `DecodeError`."""
-        data = self.decoded(decoder.decode, self.reply.body).data
-        if data is None:
-            raise self._undecodable("no data")
-        return data
-
-    def decoded(self, decode: Callable[[P], U], part: P) -> U:
-        """Return what a part of the body, or several, decode to; raises `DecodeError`."""
         try:
-            return decode(part)
+            data = decoder.decode(self.reply.body).data
         except msgspec.MsgspecError as error:
             # its text gives types and the path, never a value
             raise self._undecodable(str(error)) from None
         except (UnicodeDecodeError, RecursionError) as error:
             raise self._undecodable(type(error).__name__) from None
+        if data is None:
+            raise self._undecodable("no data")
+        return data
 
     def error(self, now: datetime) -> ApiError:
         """Return the error of a refusal, also of one that no envelope tells of.

@@ -69,15 +69,13 @@ class Flights(Generic[T]):
         flight: Flight[T] = Flight(ids, deadline)
         if is_shared:
             self._by_user |= dict.fromkeys(ids, flight)
-        task = asyncio.create_task(self._fly(ids, flight, request), name="user-service-fetch")
+        task = asyncio.create_task(self._fly(flight, request), name="user-service-fetch")
         flight.task = task
         self._tasks.add(task)
-        task.add_done_callback(partial(self._ended, ids, flight))
+        task.add_done_callback(partial(self._ended, flight))
         return flight
 
-    async def _fly(
-        self, ids: Sequence[str], flight: Flight[T], request: Callable[[Flight[T]], Awaitable[T]]
-    ) -> None:
+    async def _fly(self, flight: Flight[T], request: Callable[[Flight[T]], Awaitable[T]]) -> None:
         try:
             flight.found = await request(flight)
         except Exception as error:  # noqa: BLE001 - raised by those who wait for it
@@ -85,12 +83,15 @@ class Flights(Generic[T]):
         else:
             flight.error = None
         # Here, and not only when the task has ended: so who waits wakes a turn of the loop sooner.
-        self.landed(ids, flight)
-        flight.over.set()
+        self._end(flight)
 
-    def _ended(self, ids: Sequence[str], flight: Flight[T], task: asyncio.Task[None]) -> None:
+    def _ended(self, flight: Flight[T], task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        self.landed(ids, flight)
+        if not flight.over.is_set():  # it was cancelled
+            self._end(flight)
+
+    def _end(self, flight: Flight[T]) -> None:
+        self.landed(flight.ids, flight)
         flight.over.set()
 
     def landed(self, ids: Sequence[str], flight: Flight[T]) -> None:
