@@ -160,6 +160,27 @@ def answered(*loads: Load) -> Goal:
     )
 
 
+def beside_peer(name: str, ours: Load, peer: Load, limit: float) -> Goal:
+    """Return the goal of so many times the peer's rate."""
+    return Goal(
+        name=name,
+        figure=ours.rate,
+        unit="requests/s",
+        bound="≥",
+        limit=limit,
+        ceiling=peer.rate,
+        beside="P",
+        cpu_ratio=peer.cpu / ours.cpu,
+        peers={
+            "CPU µs": ours.cpu * 1e6,
+            "P CPU µs": peer.cpu * 1e6,
+            "busy": ours.busy,
+            "p99 ms": ours.p99 * 1e3,
+            "P p99 ms": peer.p99 * 1e3,
+        },
+    )
+
+
 def _median(loads: list[Load]) -> Load:
     return Load(
         requests=sum(load.requests for load in loads),

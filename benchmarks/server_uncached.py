@@ -8,7 +8,7 @@ import httpx
 
 from benchmarks import documents, load, wire
 from benchmarks.budgets import Budget, Goal
-from benchmarks.load import Load, Requests, Running, answered
+from benchmarks.load import Load, Requests, Running, answered, beside_peer
 from benchmarks.surroundings import PEER, SERVICE, USERS, Surroundings, cache_reads
 from benchmarks.wire import taken_by
 
@@ -40,23 +40,7 @@ def measure(surroundings: Surroundings) -> list[Budget]:
             2,
             "GET, not cached",
             (
-                Goal(
-                    name=f"{CONNECTIONS} connections",
-                    figure=loads["get"].rate,
-                    unit="requests/s",
-                    bound="≥",
-                    limit=8,
-                    ceiling=loads["peer"].rate,
-                    beside="P",
-                    cpu_ratio=loads["peer"].cpu / loads["get"].cpu,
-                    peers={
-                        "CPU µs": loads["get"].cpu * 1e6,
-                        "P CPU µs": loads["peer"].cpu * 1e6,
-                        "busy": loads["get"].busy,
-                        "p99 ms": loads["get"].p99 * 1e3,
-                        "P p99 ms": loads["peer"].p99 * 1e3,
-                    },
-                ),
+                beside_peer(f"{CONNECTIONS} connections", loads["get"], loads["peer"], 8),
                 Goal(
                     name="SQL statements",
                     figure=_statements(surroundings),

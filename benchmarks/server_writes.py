@@ -11,7 +11,7 @@ import msgspec
 from benchmarks import documents, load, wire
 from benchmarks.budgets import Budget, Goal
 from benchmarks.generator import Request
-from benchmarks.load import Load, Round, Running, answered
+from benchmarks.load import Load, Round, Running, answered, beside_peer
 from benchmarks.surroundings import USERS, Surroundings
 
 ROUNDS = 5
@@ -44,9 +44,11 @@ def measure(surroundings: Surroundings) -> list[Budget]:
             6,
             "writes",
             (
-                _beside("preferences update", loads["preferences"], loads["peer_preferences"]),
+                beside_peer(
+                    "preferences update", loads["preferences"], loads["peer_preferences"], 2.5
+                ),
                 _trips("preferences update", trips[update_of_preferences]),
-                _beside("device registration", loads["devices"], loads["peer_devices"]),
+                beside_peer("device registration", loads["devices"], loads["peer_devices"], 2.5),
                 _trips("device registration", trips[registration_of_device]),
                 answered(loads["preferences"], loads["devices"]),
             ),
@@ -112,26 +114,6 @@ def _round_trips(url: str, tapped: wire.Wire, headers: dict[str, str], make: Mak
             http.request(method, path, headers=sent, content=body).raise_for_status()
 
         return wire.taken_by(tapped, write, COUNTED).round_trips
-
-
-def _beside(name: str, ours: Load, peer: Load) -> Goal:
-    return Goal(
-        name=name,
-        figure=ours.rate,
-        unit="requests/s",
-        bound="≥",
-        limit=2.5,
-        ceiling=peer.rate,
-        beside="P",
-        cpu_ratio=peer.cpu / ours.cpu,
-        peers={
-            "CPU µs": ours.cpu * 1e6,
-            "P CPU µs": peer.cpu * 1e6,
-            "busy": ours.busy,
-            "p99 ms": ours.p99 * 1e3,
-            "P p99 ms": peer.p99 * 1e3,
-        },
-    )
 
 
 def _trips(name: str, round_trips: int) -> Goal:
