@@ -37,6 +37,18 @@ def is_telling(value: str) -> bool:
     return len(value) >= 8 and sum(any(map(kind, value)) for kind in _KINDS) >= 2
 
 
+def leaves(value: object, length: int) -> Iterator[str]:
+    """Yield what of the values of a body would be recognised: texts and numbers so long."""
+    if isinstance(value, dict):
+        for item in value.values():
+            yield from leaves(item, length)
+    elif isinstance(value, list):
+        for item in value:
+            yield from leaves(item, length)
+    elif isinstance(value, str | int | float) and len(text := str(value).strip()) >= length:
+        yield text
+
+
 class Private:
     """What was sent, and where it was found."""
 

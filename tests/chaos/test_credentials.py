@@ -22,7 +22,7 @@ from user_service_server.settings import Settings
 from ..engines import settings_for
 from ..keys import EVERYTHING, REQUIRED, change_key, make_key, showing
 from ..servers import Server, serving
-from ..system.test_guard import ask
+from ..system.traffic import ask
 from ..system.trouble import stopped
 
 # ruff: noqa: T201 - the figures are asked for
@@ -197,7 +197,7 @@ async def test_five_hundred_verifies_at_once_are_bounded(
         beside = []
         crowd = asyncio.gather(
             *(
-                ask(servers[0], "POST", VERIFY, showing(key), wrong(f"crowd.{i}@example.com"))
+                ask(servers[0], "POST", VERIFY, wrong(f"crowd.{i}@example.com"), showing(key))
                 for i in range(500)
             )
         )

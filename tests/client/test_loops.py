@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 import ssl
 import subprocess
 import sys
@@ -61,7 +60,6 @@ async def closed(service: ThreadedService) -> None:
 # Forks
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_parent_and_child_both_read_what_they_asked_for(
     threaded: ThreadedService, program: str

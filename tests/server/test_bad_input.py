@@ -11,6 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
+from ..private import leaves
+
 STATUS = {
     "malformed_json": 400,
     "invalid_cursor": 400,
@@ -64,20 +66,9 @@ class Bad:
     def values(self) -> Iterator[str]:
         """Yield what the caller sent as values, as far as it would be recognised again."""
         try:
-            yield from _leaves(json.loads(self.body or b"null"))
+            yield from leaves(json.loads(self.body or b"null"), 6)
         except (ValueError, RecursionError):
             return
-
-
-def _leaves(value: object) -> Iterator[str]:
-    if isinstance(value, dict):
-        for item in value.values():
-            yield from _leaves(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _leaves(item)
-    elif isinstance(value, str | int | float) and len(text := str(value).strip()) >= 6:
-        yield text
 
 
 def invalid(

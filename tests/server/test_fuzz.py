@@ -26,6 +26,7 @@ from user_service_server.http.bodies import MAX_BODY, StrictBody
 from user_service_server.http.openapi import openapi_document
 from user_service_server.settings import Settings
 
+from ..private import leaves
 from ..schemas.test_requests import found
 from .garbling import Garbler, Seeds, search
 
@@ -101,7 +102,7 @@ class Bodies:
 
 def not_shown(value: object, shown: str, told: str) -> None:
     """See that no value is said back; names are, and what the document tells anyway."""
-    for leaf in _leaves(value):
+    for leaf in leaves(value, 7):
         if leaf in shown:
             assert leaf in told or any(leaf in key for key in _keys(value)), (leaf, shown)
 
@@ -198,18 +199,6 @@ def _keys(value: object) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from _keys(item)
-
-
-def _leaves(value: object) -> Iterator[str]:
-    """Yield what of the values would be recognised."""
-    if isinstance(value, dict):
-        for item in value.values():
-            yield from _leaves(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _leaves(item)
-    elif isinstance(value, str | int | float) and len(text := str(value).strip()) >= 7:
-        yield text
 
 
 def _declared(type_: Any, path: str = "") -> Iterator[str]:

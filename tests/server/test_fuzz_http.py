@@ -24,6 +24,7 @@ from user_service_server.http.openapi import openapi_document
 from user_service_server.settings import Settings
 
 from ..engines import settings_for
+from ..system.subscribers import stream_scope
 from .garbling import Garbler, Late, search_async
 from .test_fuzz import is_plain_json, not_shown, routes_with_body, type_of
 
@@ -293,21 +294,7 @@ async def head_of_stream(app: Any, headers: list[tuple[bytes, bytes]]) -> tuple[
         if b"event: " in received:
             enough.set()
 
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": "GET",
-        "scheme": "http",
-        "path": f"{CHANGES}/stream",
-        "raw_path": f"{CHANGES}/stream".encode(),
-        "query_string": b"",
-        "root_path": "",
-        "headers": headers,
-        "client": ("127.0.0.1", 1),
-        "server": ("test", 80),
-        "state": {},
-    }
+    scope = stream_scope(*headers)
     async with asyncio.timeout(20):
         await app(scope, receive, send)
     return status, received

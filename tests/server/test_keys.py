@@ -33,6 +33,7 @@ from user_service_server.storage.database import Database, connected
 
 from ..engines import settings_for
 from ..keys import EVERYTHING, REQUIRED, change_key, id_of, make_key, showing
+from ..system.subscribers import stream_scope
 from .test_users import assert_failed
 
 
@@ -378,22 +379,7 @@ async def test_a_stream_of_a_revoked_key_ends(
         async def send(message: dict[str, Any]) -> None:
             received.append(message.get("body", b""))
 
-        scope = {
-            "type": "http",
-            "asgi": {"version": "3.0"},
-            "http_version": "1.1",
-            "method": "GET",
-            "scheme": "http",
-            "path": "/api/v1/changes/stream",
-            "raw_path": b"/api/v1/changes/stream",
-            "query_string": b"",
-            "root_path": "",
-            "headers": [(b"authorization", f"Bearer {key}".encode())],
-            "client": ("127.0.0.1", 1),
-            "server": ("test", 80),
-            "state": {},
-            "extensions": {},
-        }
+        scope = stream_scope((b"authorization", f"Bearer {key}".encode()))
         stream = asyncio.create_task(app(scope, receive, send))  # type: ignore[arg-type]
         await asyncio.sleep(0.7)
         assert not stream.done()

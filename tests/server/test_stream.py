@@ -22,13 +22,13 @@ from user_service_server.storage.state import renew_epoch
 
 from ..engines import settings_for
 from ..system.subscribers import (
-    STREAM,
     Event,
     EventParser,
     change,
     change_often,
     connected,
     insert_users,
+    stream_scope,
 )
 from ..system.trouble import stopped, until
 from .test_changes import prune_feed
@@ -61,20 +61,7 @@ class Reader:
 
     async def __aenter__(self) -> Self:
         headers = [(b"last-event-id", self._last.encode())] if self._last else []
-        scope = {
-            "type": "http",
-            "asgi": {"version": "3.0"},
-            "http_version": "1.1",
-            "method": "GET",
-            "scheme": "http",
-            "path": STREAM,
-            "raw_path": STREAM.encode(),
-            "query_string": b"",
-            "root_path": "",
-            "headers": headers,
-            "client": ("test", 1),
-            "server": ("test", 80),
-        }
+        scope = stream_scope(*headers)
         self._task = asyncio.create_task(self._app(scope, self._receive, self._send))
         return self
 

@@ -16,6 +16,27 @@ import msgspec
 
 STREAM = "/api/v1/changes/stream"
 
+
+def stream_scope(*headers: tuple[bytes, bytes]) -> dict[str, Any]:
+    """Return what an app in this process is asked for its stream with, by ASGI."""
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "GET",
+        "scheme": "http",
+        "path": STREAM,
+        "raw_path": STREAM.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": list(headers),
+        "client": ("127.0.0.1", 1),
+        "server": ("test", 80),
+        "state": {},
+        "extensions": {},
+    }
+
+
 _INSERT_USERS = """
 WITH made AS (
     INSERT INTO users (id, name, email, email_key, version, created_at, updated_at)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from user_service_server.settings import Settings
 
 from ..keys import EVERYTHING, REQUIRED, make_key, showing
 from ..servers import Server, serving
+from .traffic import ask
 
 VERIFY = "/api/v1/credentials/verify"
 PASSWORD = "StrongPass123!"
@@ -34,28 +34,6 @@ def two_servers(
         yield one, two
 
 
-async def ask(
-    server: Server, method: str, path: str, headers: Mapping[str, str], body: object = None
-) -> httpx.Response:
-    """Send one request on a connection of its own, without a pool of the caller's in between."""
-    content = b"" if body is None else json.dumps(body).encode()
-    shown = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-    try:
-        writer.write(
-            f"{method} {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n{shown}"
-            f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n".encode()
-            + content
-        )
-        async with asyncio.timeout(60):
-            head, _, answer = (await reader.read()).partition(b"\r\n\r\n")
-    finally:
-        writer.close()
-    first, *lines = head.split(b"\r\n")
-    told = [(name, value) for name, _, value in (line.partition(b": ") for line in lines)]
-    return httpx.Response(int(first.split()[1]), headers=told, content=answer)
-
-
 @pytest.fixture(scope="module")
 async def keys(settings: Settings) -> list[Mapping[str, str]]:
     """What fifty callers show."""
@@ -67,16 +45,17 @@ async def test_of_four_hundred_at_once_over_two_processes_a_hundred_pass(
 ) -> None:
     with two_servers(database_url, redis_url, RATE_LIMIT_READ="100") as both:
         body = {"name": "L", "email": "limited@example.com", "password": PASSWORD}
-        user = (await ask(both[0], "POST", "/api/v1/users", keys[0], body)).headers["Location"]
+        user = (await ask(both[0], "POST", "/api/v1/users", body, keys[0])).headers["Location"]
         # In the cache, so that Postgres need not serve 400 at once.
-        assert (await ask(both[0], "GET", user, keys[1])).status_code == 200
+        assert (await ask(both[0], "GET", user, headers=keys[1])).status_code == 200
         answers = await asyncio.gather(
-            *(ask(both[i % 2], "GET", user, keys[0]) for i in range(400))
+            *(ask(both[i % 2], "GET", user, headers=keys[0]) for i in range(400))
         )
         assert Counter(a.status_code for a in answers) == {200: 100, 429: 300}
         for refused in (a for a in answers if a.status_code == 429):
             assert 1 <= int(refused.headers["Retry-After"]) <= 60
-        other = await asyncio.gather(*(ask(server, "GET", user, keys[1]) for server in both))
+        free = (ask(server, "GET", user, headers=keys[1]) for server in both)
+        other = await asyncio.gather(*free)
         assert {a.status_code for a in other} == {200}
 
 
@@ -87,11 +66,11 @@ async def test_of_a_thousand_guesses_at_one_account_ten_are_tried(
     with two_servers(database_url, redis_url, PASSWORD_FAILURES=str(FAILURES)) as both:
         for email in ("victim@example.com", "another@example.com"):
             body = {"name": "V", "email": email, "password": PASSWORD}
-            assert (await ask(both[0], "POST", "/api/v1/users", keys[0], body)).status_code == 201
+            assert (await ask(both[0], "POST", "/api/v1/users", body, keys[0])).status_code == 201
 
         async def guess(number: int) -> httpx.Response:
             body = {"email": "victim@example.com", "password": f"Guess-{number}"}
-            return await ask(both[number % 2], "POST", VERIFY, keys[number % CALLERS], body)
+            return await ask(both[number % 2], "POST", VERIFY, body, keys[number % CALLERS])
 
         told: Counter[int] = Counter()
         for start in range(0, 1000, 200):
@@ -102,7 +81,7 @@ async def test_of_a_thousand_guesses_at_one_account_ten_are_tried(
         for server in both:
             for email, status in (("victim@example.com", 429), ("another@example.com", 200)):
                 body = {"email": email, "password": PASSWORD}
-                answer = await ask(server, "POST", VERIFY, keys[-1], body)
+                answer = await ask(server, "POST", VERIFY, body, keys[-1])
                 assert answer.status_code == status, answer.text
                 if status == 429:
                     assert answer.json()["error"]["code"] == "rate_limited"
@@ -111,7 +90,7 @@ async def test_of_a_thousand_guesses_at_one_account_ten_are_tried(
 
 async def hashed(server: Server, key: Mapping[str, str]) -> int:
     """Return how many wrong passwords a server has tried against a hash, by its own count."""
-    metrics = (await ask(server, "GET", "/metrics", key)).text.splitlines()
+    metrics = (await ask(server, "GET", "/metrics", headers=key)).text.splitlines()
     return sum(
         int(float(line.split()[-1]))
         for line in metrics

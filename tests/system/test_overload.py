@@ -1,7 +1,6 @@
 """More than the server can do: it says so at once, and stays small and alive."""
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,7 +10,7 @@ import psutil
 import redis
 
 from ..servers import Server, serving
-from .traffic import person, register
+from .traffic import ask, person, register
 from .trouble import bounded_in_time, until
 
 CROWD = 500
@@ -20,30 +19,6 @@ CALM = 0.5
 """Seconds a cached read may take while passwords are hashed on all cores of the machine."""
 GROWTH = 128 * 2**20
 """Bytes: 500 requests and their connections, and 19 MiB for each of the hashes at once."""
-
-
-async def ask(server: Server, method: str, path: str, body: object = None) -> httpx.Response:
-    """Send one request on a connection of its own.
-
-    Not through httpx: 500 requests in one pool cost its process seconds, which then look like the
-    server's.
-    """
-    content = json.dumps(body).encode()
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-    try:
-        writer.write(
-            f"{method} {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n".encode()
-            + content
-        )
-        async with asyncio.timeout(60):
-            head, _, answer = (await reader.read()).partition(b"\r\n\r\n")
-    finally:
-        writer.close()
-        await writer.wait_closed()
-    first, *lines = head.split(b"\r\n")
-    headers = [(name, value) for name, _, value in (line.partition(b": ") for line in lines)]
-    return httpx.Response(int(first.split()[1]), headers=headers, content=answer)
 
 
 class Log:
