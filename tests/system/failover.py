@@ -11,7 +11,7 @@ from typing import NamedTuple
 import redis
 from user_service_server.embedded import EmbeddedValkey
 
-from ..engines import Engines
+from ..engines import Engines, make_template
 from ..servers import Server
 from ..standby import Pair, replicated
 from .registrations import Registrations, assert_everybody_is_there, half_users
@@ -63,7 +63,7 @@ async def opened_pair(stack: AsyncExitStack, directory: Path) -> tuple[Pair, dic
     """Start a synchronous pair and a Valkey; returns it, and the settings of a server on it."""
     pair = stack.enter_context(replicated(directory))
     valkey = stack.enter_context(EmbeddedValkey(directory / "valkey"))
-    engines = await asyncio.to_thread(Engines, pair.primary, valkey)
-    engines.create_database(DATABASE)
+    await asyncio.to_thread(make_template, pair.primary)
+    Engines(pair.primary, valkey).create_database(DATABASE)
     pair.replicate_synchronously()
     return pair, {"DATABASE_URL": pair.url(DATABASE), "REDIS_URL": valkey.url}
