@@ -74,7 +74,7 @@ class Server:
 
     def wait_until_ready(self) -> None:
         deadline = time.monotonic() + READY_WITHIN
-        # One client for all looks: to make one takes 20 ms of a core that the server starts on.
+        # One client for all looks: the server starts on the same cores.
         with httpx.Client(base_url=self.url, timeout=1) as http:
             while time.monotonic() < deadline:
                 assert self.process is not None

@@ -1,6 +1,5 @@
 """Misses read from a streaming replica that lags, stands still and dies: nothing stale is read."""
 
-import asyncio
 import math
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -81,7 +80,7 @@ async def two_servers() -> AsyncIterator[Setup]:
         directory = stack.enter_context(open_dir())
         pair = stack.enter_context(replicated(directory))
         valkey = stack.enter_context(EmbeddedValkey(directory / "valkey"))
-        engines = await asyncio.to_thread(Engines, pair.primary, valkey)
+        engines = Engines(pair.primary, valkey)
         settings = {
             "DATABASE_URL": engines.create_database(DATABASE),
             "DATABASE_REPLICA_URL": pair.standby.url(DATABASE),

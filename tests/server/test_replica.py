@@ -17,7 +17,7 @@ from user_service_server.storage.document import DocumentShape
 from user_service_server.storage.replica import KNOWN_FOR, Replica
 from user_service_server.storage.state import StateWatcher
 
-from ..engines import Engines, make_template, open_dir, settings_for
+from ..engines import Engines, open_dir, settings_for
 from ..standby import Pair, replicated
 from ..system.traffic import person
 from ..system.trouble import until
@@ -74,7 +74,6 @@ async def test_what_a_later_look_brings_something_newer_of_is_not_cached(replica
 @pytest.fixture(scope="module", name="pair")
 def started_pair(engines: Engines) -> Iterator[tuple[Pair, Settings]]:
     with open_dir() as directory, replicated(directory) as pair:
-        make_template(pair.primary)
         url = Engines(pair.primary, engines.valkey).create_database("replicated")
         replica_url = pair.standby.url("replicated")
         yield pair, settings_for(url, engines.valkey.url, DATABASE_REPLICA_URL=replica_url)

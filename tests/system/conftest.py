@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from user_service_server.embedded import EmbeddedPostgres, EmbeddedValkey
 
-from ..engines import SMALL, Engines, copy_of, make_template, open_dir
+from ..engines import SMALL, Engines, copy_of, open_dir, prepare
 
 
 @pytest.fixture(scope="session")
@@ -20,10 +20,7 @@ def chaos_seconds() -> float:
 def migrated() -> Iterator[Path]:
     """The directory of a PostgreSQL with the template, which has ended: made once, then copied."""
     with open_dir() as directory:
-        postgres = EmbeddedPostgres(directory / "postgres", fsync=False, options=SMALL)
-        with postgres:
-            make_template(postgres)
-        yield postgres.data_dir
+        yield prepare(directory / "postgres")
 
 
 @pytest.fixture

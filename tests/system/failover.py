@@ -11,7 +11,7 @@ from typing import NamedTuple
 import redis
 from user_service_server.embedded import EmbeddedValkey
 
-from ..engines import Engines, make_template
+from ..engines import Engines
 from ..servers import Server
 from ..standby import Pair, replicated
 from .registrations import Registrations, assert_everybody_is_there, half_users
@@ -61,9 +61,8 @@ async def fail_over(pair: Pair, servers: list[Server], rounds_before: int) -> Re
 
 async def opened_pair(stack: AsyncExitStack, directory: Path) -> tuple[Pair, dict[str, str]]:
     """Start a synchronous pair and a Valkey; returns it, and the settings of a server on it."""
-    pair = stack.enter_context(replicated(directory))
+    pair = await asyncio.to_thread(stack.enter_context, replicated(directory))
     valkey = stack.enter_context(EmbeddedValkey(directory / "valkey"))
-    await asyncio.to_thread(make_template, pair.primary)
     Engines(pair.primary, valkey).create_database(DATABASE)
     pair.replicate_synchronously()
     return pair, {"DATABASE_URL": pair.url(DATABASE), "REDIS_URL": valkey.url}
