@@ -1,5 +1,6 @@
 """Misses read from a streaming replica that lags, stands still and dies: nothing stale is read."""
 
+import asyncio
 import math
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -78,7 +79,8 @@ async def _metrics(server: Server) -> list[str]:
 async def two_servers() -> AsyncIterator[Setup]:
     async with AsyncExitStack() as stack:
         directory = stack.enter_context(open_dir())
-        pair = stack.enter_context(replicated(directory))
+        # Its migration has an event loop of its own.
+        pair = await asyncio.to_thread(stack.enter_context, replicated(directory))
         valkey = stack.enter_context(EmbeddedValkey(directory / "valkey"))
         engines = Engines(pair.primary, valkey)
         settings = {
