@@ -71,7 +71,8 @@ def tests(session: nox.Session) -> None:
     _install(session, *EDITABLE, *_group("tests"))
     installed = ["tests/client", "tests/contract", "tests/schemas"]
     paths = [] if session.python == FOUND[0] else installed
-    session.run("pytest", "-n", "auto", *paths, *session.posargs)
+    # A module has a database and often a server of its own, which one worker alone is to make.
+    session.run("pytest", "-n", "auto", "--dist", "loadfile", *paths, *session.posargs)
 
 
 @nox.session

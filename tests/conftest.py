@@ -5,8 +5,10 @@ from collections.abc import AsyncIterator, Iterator
 import httpx
 import pytest
 import redis
+import trustme
 from litestar import Litestar
 from user_service_server.app import create_app
+from user_service_server.credentials import passwords
 from user_service_server.embedded import EmbeddedPostgres, EmbeddedValkey
 from user_service_server.settings import Settings
 
@@ -21,6 +23,28 @@ def nothing_private_is_logged() -> Iterator[None]:
     with noting():
         yield
     assert PRIVATE.found == []
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nobody_outside_is_trusted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test calls anybody outside, and to read all the world's certificates takes a client 20 ms.
+
+    Tests make hundreds of clients, and look for a server with some while it starts.
+    """
+    certificates = tmp_path_factory.mktemp("tls") / "certificates.pem"
+    trustme.CA().cert_pem.write_to_path(str(certificates))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("SSL_CERT_FILE", str(certificates))
+        yield
+
+
+@pytest.fixture(scope="module")
+def cheap_passwords() -> Iterator[None]:
+    """Hashing takes most of a registration's time, and how well it is done is tested elsewhere."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(passwords, "TIME_COST", 1)
+        patched.setattr(passwords, "MEMORY_COST", 8)
+        yield
 
 
 @pytest.fixture(scope="session", name="engines")

@@ -7,6 +7,7 @@ and a test may stop, kill or pause an engine without meeting another test.
 import os
 import re
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -43,8 +44,24 @@ def open_dir() -> Iterator[Path]:
         shutil.rmtree(directory)
 
 
+def make_template(postgres: EmbeddedPostgres) -> None:
+    """Make the database that all others of this PostgreSQL are copies of."""
+    template = postgres.create_database(TEMPLATE)
+    upgrade(settings_for(template, "redis://nobody-asks-it", PGBOUNCER="off"))
+
+
+def prepare(data_dir: Path) -> Path:
+    """Make a PostgreSQL with its template, let it end, and return its directory.
+
+    Without fsync, which takes a second: whoever starts it next, with fsync, loses nothing.
+    """
+    with EmbeddedPostgres(data_dir, fsync=False, options=SMALL) as postgres:
+        make_template(postgres)
+    return data_dir
+
+
 class Engines:
-    """A running PostgreSQL with a migrated template database, and a running Valkey.
+    """A running PostgreSQL with its template, and a running Valkey.
 
     Databases are reached through the `pooler`, if there is one.
     """
@@ -55,8 +72,6 @@ class Engines:
         self.postgres = postgres
         self.valkey = valkey
         self._pooler = pooler
-        template = postgres.create_database(TEMPLATE)
-        upgrade(settings_for(template, valkey.url, PGBOUNCER="off"))
 
     def create_database(self, name: str) -> str:
         """Create a database as it is after `migrate`, and return its URL."""
@@ -77,7 +92,15 @@ def engines() -> Iterator[Engines]:
         pooler = None
         if POOLED == "on":
             pooler = stack.enter_context(pgbouncer(postgres, directory))
+        make_template(postgres)
         yield Engines(postgres, valkey, pooler)
+
+
+def copy_of(postgres: Path, directory: Path) -> Path:
+    """Copy the directory of a PostgreSQL that has ended into another; returns where it is."""
+    # Its files stay those of PostgreSQL's system user, which shutil would not see to.
+    subprocess.run(["cp", "-a", str(postgres), str(directory)], check=True)  # noqa: S607
+    return directory / postgres.name
 
 
 def settings_for(database_url: str, redis_url: str, **others: str) -> Settings:

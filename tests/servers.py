@@ -74,14 +74,16 @@ class Server:
 
     def wait_until_ready(self) -> None:
         deadline = time.monotonic() + READY_WITHIN
-        while time.monotonic() < deadline:
-            assert self.process is not None
-            assert self.process.poll() is None, self.log.read_text()
-            try:
-                if httpx.get(f"{self.url}/health/ready", timeout=1).status_code == 200:
-                    return
-            except httpx.TransportError:
-                time.sleep(0.02)
+        # One client for all looks: the server starts on the same cores.
+        with httpx.Client(base_url=self.url, timeout=1) as http:
+            while time.monotonic() < deadline:
+                assert self.process is not None
+                assert self.process.poll() is None, self.log.read_text()
+                try:
+                    if http.get("/health/ready").status_code == 200:
+                        return
+                except httpx.TransportError:
+                    time.sleep(0.02)
         raise AssertionError(self.log.read_text())
 
     def kill(self) -> None:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from user_service_server.embedded import EmbeddedPostgres
 
+from .engines import prepare
+
 _REPLICATED = {"shared_buffers": "16MB", "wal_level": "replica", "max_wal_senders": "4"}
 _NAME = "standby"
 
@@ -78,12 +80,17 @@ class Pair(NamedTuple):
 
 @contextmanager
 def replicated(directory: Path) -> Iterator[Pair]:
-    """Start a primary, and a replica that follows it."""
-    with (
-        EmbeddedPostgres(directory / "primary", options=_REPLICATED) as primary,
-        Standby(directory / "standby", primary) as standby,
-    ):
+    """Start a primary with the template, and a replica that follows it."""
+    primary = EmbeddedPostgres(prepare(directory / "primary"), options=_REPLICATED)
+    standby = Standby(directory / "standby", primary)
+    try:
+        primary.start()
+        standby.start()
         yield Pair(primary, standby)
+    finally:
+        # Nobody reads what they would save if they were to end in order.
+        standby.kill()
+        primary.kill()
 
 
 def ask(postgres: EmbeddedPostgres, statement: str, database: str = "postgres") -> str:

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from user_service_server.embedded import EmbeddedPostgres, EmbeddedValkey
 
-from ..engines import SMALL, Engines, open_dir
+from ..engines import SMALL, Engines, make_template, open_dir
 from ..servers import Server
 
 PUBLICATION = b"'lost'"
@@ -111,7 +111,8 @@ async def replicas(**others: str) -> AsyncIterator[Replicas]:
         EmbeddedValkey(directory / "valkey", persist=True) as valkey,
     ):
         # Its migration has an event loop of its own.
-        engines = await asyncio.to_thread(Engines, postgres, valkey)
+        await asyncio.to_thread(make_template, postgres)
+        engines = Engines(postgres, valkey)
         gate = Gate(valkey.url, directory / "gate.sock")
         settings = {
             "DATABASE_URL": engines.create_database("replicas"),

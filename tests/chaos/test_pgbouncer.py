@@ -13,7 +13,7 @@ from user_service_server.settings import Settings, SettingsError
 from user_service_server.storage.database import create_engine
 from user_service_server.storage.migrations import upgrade
 
-from ..engines import SMALL, Engines, open_dir, settings_for
+from ..engines import SMALL, Engines, make_template, open_dir, settings_for
 from ..programs import SESSIONS, pgbouncer
 from ..servers import Server
 from .history import lag, violations
@@ -32,7 +32,8 @@ async def settings_through_pgbouncer() -> AsyncIterator[Settings]:
         EmbeddedValkey(directory / "valkey") as valkey,
         pgbouncer(postgres, directory) as pooler,
     ):
-        engines = await asyncio.to_thread(Engines, postgres, valkey, pooler)
+        await asyncio.to_thread(make_template, postgres)
+        engines = Engines(postgres, valkey, pooler)
         yield settings_for(engines.create_database("pooled"), valkey.url, PGBOUNCER="on")
 
 

@@ -79,9 +79,10 @@ async def _metrics(server: Server) -> list[str]:
 async def two_servers() -> AsyncIterator[Setup]:
     async with AsyncExitStack() as stack:
         directory = stack.enter_context(open_dir())
-        pair = stack.enter_context(replicated(directory))
+        # Its migration has an event loop of its own.
+        pair = await asyncio.to_thread(stack.enter_context, replicated(directory))
         valkey = stack.enter_context(EmbeddedValkey(directory / "valkey"))
-        engines = await asyncio.to_thread(Engines, pair.primary, valkey)
+        engines = Engines(pair.primary, valkey)
         settings = {
             "DATABASE_URL": engines.create_database(DATABASE),
             "DATABASE_REPLICA_URL": pair.standby.url(DATABASE),

@@ -185,7 +185,8 @@ async def test_a_call_ends_with_its_deadline_and_says_whether_it_had_left(
     server: Server, maybe: bool
 ) -> None:
     async with server() as url, UserServiceClient(url) as client, lateness() as late:
-        await timed(client.users.delete("first", timeout=0.2))  # it makes the TLS context
+        if url.startswith("https:"):
+            await timed(client.users.delete("first", timeout=0.2))  # it makes the TLS context
         reads = [client.users.get(f"user-{t}", timeout=t) for t in TIMEOUTS]
         writes = [client.users.update("user", name="J", timeout=t) for t in TIMEOUTS]
         outcomes = await asyncio.gather(*map(timed, [*reads, *writes]))

@@ -42,6 +42,13 @@ class ThreadedService:
         )
 
 
+class _Listener(ThreadingHTTPServer):
+    # Where five may wait, as usual, connections beyond them are tried again only after a second.
+    request_queue_size = 128
+    daemon_threads = True
+    block_on_close = False
+
+
 @contextmanager
 def threaded_service() -> Iterator[ThreadedService]:
     class Handler(BaseHTTPRequestHandler):
@@ -93,9 +100,7 @@ def threaded_service() -> Iterator[ThreadedService]:
         def log_request(self, *_: object) -> None:
             """Stay silent."""
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
-        server.block_on_close = False
+    with _Listener(("127.0.0.1", 0), Handler) as server:
         service = ThreadedService(server)
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import httpx
 import pytest
 from user_service_client import UserServiceClient
 from user_service_client.testing import FakeUserService
-from user_service_server.credentials import passwords
 
 from ..servers import Server
 
@@ -17,12 +16,8 @@ PATIENCE = 20.0
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cheap_passwords() -> Iterator[None]:
-    """Hashing takes most of a registration's time, and how well it is done is tested elsewhere."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(passwords, "TIME_COST", 1)
-        patched.setattr(passwords, "MEMORY_COST", 8)
-        yield
+def _cheap_passwords(cheap_passwords: None) -> None:
+    """Of both services, the contract is asked for and not the time."""
 
 
 @pytest.fixture(scope="module", params=["fake", "server"])

@@ -12,7 +12,7 @@ import pytest
 import redis
 from user_service_server.embedded import EmbeddedError, EmbeddedPostgres, EmbeddedValkey
 
-from ..engines import SMALL, open_dir
+from ..engines import SMALL, copy_of, open_dir
 
 
 @pytest.fixture
@@ -25,10 +25,18 @@ def directory() -> Iterator[Path]:
         assert left == [], "its test left them running"
 
 
+@pytest.fixture(scope="module")
+def initialized() -> Iterator[Path]:
+    """What the first start makes, with fsync as in `dev`."""
+    with open_dir() as opened:
+        with EmbeddedPostgres(opened / "postgres", options=SMALL) as started:
+            pass
+        yield started.data_dir
+
+
 @pytest.fixture
-def database(directory: Path) -> Iterator[EmbeddedPostgres]:
-    # fsync stays on, as in `dev`.
-    with EmbeddedPostgres(directory / "postgres", options=SMALL) as started:
+def database(directory: Path, initialized: Path) -> Iterator[EmbeddedPostgres]:
+    with EmbeddedPostgres(copy_of(initialized, directory), options=SMALL) as started:
         yield started
 
 

@@ -1,6 +1,6 @@
 """The OpenAPI document with keys: what is described is what a caller gets, by what it may do.
 
-The long form of this is in `tests/chaos/test_fuzz.py`.
+The long form of this is in `tests/chaos/test_openapi_long.py`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from user_service_server.settings import Settings
 from ..engines import settings_for
 from ..keys import EVERYTHING, REQUIRED, make_key, showing
 from .test_openapi import AnyOperation, Caller, exercise, someone
+
+pytestmark = pytest.mark.usefixtures("cheap_passwords")
 
 MARK = "zqxjkvzqxjkv"
 """In all that is known of somebody whom no caller asks for."""

@@ -74,8 +74,7 @@ async def test_what_a_later_look_brings_something_newer_of_is_not_cached(replica
 @pytest.fixture(scope="module", name="pair")
 def started_pair(engines: Engines) -> Iterator[tuple[Pair, Settings]]:
     with open_dir() as directory, replicated(directory) as pair:
-        own = Engines(pair.primary, engines.valkey)
-        url = own.create_database("replicated")
+        url = Engines(pair.primary, engines.valkey).create_database("replicated")
         replica_url = pair.standby.url("replicated")
         yield pair, settings_for(url, engines.valkey.url, DATABASE_REPLICA_URL=replica_url)
 

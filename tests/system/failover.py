@@ -61,9 +61,9 @@ async def fail_over(pair: Pair, servers: list[Server], rounds_before: int) -> Re
 
 async def opened_pair(stack: AsyncExitStack, directory: Path) -> tuple[Pair, dict[str, str]]:
     """Start a synchronous pair and a Valkey; returns it, and the settings of a server on it."""
-    pair = stack.enter_context(replicated(directory))
+    # Its migration has an event loop of its own.
+    pair = await asyncio.to_thread(stack.enter_context, replicated(directory))
     valkey = stack.enter_context(EmbeddedValkey(directory / "valkey"))
-    engines = await asyncio.to_thread(Engines, pair.primary, valkey)
-    engines.create_database(DATABASE)
+    Engines(pair.primary, valkey).create_database(DATABASE)
     pair.replicate_synchronously()
     return pair, {"DATABASE_URL": pair.url(DATABASE), "REDIS_URL": valkey.url}

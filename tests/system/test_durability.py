@@ -14,7 +14,7 @@ import psutil
 import pytest
 from user_service_server.embedded import EmbeddedPostgres
 
-from ..engines import Engines, open_dir
+from ..engines import Engines, copy_of, open_dir
 from ..servers import Server, free_port, serving
 from .registrations import Registrations, assert_everybody_is_there, half_users
 from .trouble import kill_all, processes_below
@@ -103,8 +103,12 @@ class Dev:
 
 
 @pytest.fixture
-def directory() -> Iterator[Path]:
+def directory(migrated: Path) -> Iterator[Path]:
+    """Where `dev` finds a PostgreSQL that another run made: its first start is not tested here."""
     with open_dir() as opened:
+        data_dir = opened / "data"
+        data_dir.mkdir()
+        copy_of(migrated, data_dir)
         yield opened
         for process in processes_below(opened):
             process.kill()

@@ -27,7 +27,7 @@ from .subscribers import connected
 from .trouble import until
 
 SOON = 10.0
-LAG_SHORT = 30
+LAG_SHORT = 15
 
 
 @asynccontextmanager
