@@ -239,3 +239,29 @@ async def test_who_hangs_up_in_the_middle_leaves_no_old_copy(http: httpx.AsyncCl
 
         await until(is_new, 3)
     assert (await fetch(http, user))["preferences"]["push"] is False
+
+
+async def test_a_version_has_the_same_bytes_from_the_cache_and_from_postgres(
+    http: httpx.AsyncClient,
+) -> None:
+    """What a revision makes of the document is what a read of it makes."""
+    user = await someone(http)
+    both = {"email": False, "push": True}
+    for said in (
+        {"categories": {"b": both, "longer": {"push": True, "email": False}, "a": {"push": False}}},
+        {"categories": {"a": {"email": True}}, "muted_until": "2031-01-01T12:00:00.120+01:00"},
+        {"quiet_hours_start": "22:00", "quiet_hours_end": "07:00", "timezone": "Europe/Warsaw"},
+    ):
+        assert (await prefer(http, user, **said)).status_code == 200
+        await assert_same_bytes(http, user)
+    for _ in range(3):
+        assert (await add(http, user, new_token())).status_code == 201
+        await assert_same_bytes(http, user)
+
+
+async def assert_same_bytes(http: httpx.AsyncClient, user_id: str) -> None:
+    path = f"/api/v1/users/{user_id}"
+    cached = await http.get(path)
+    read = await http.get(path, headers={"X-Min-Version": str(10**9)})
+    assert cached.headers["ETag"] == read.headers["ETag"]
+    assert cached.content == read.content
