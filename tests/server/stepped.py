@@ -38,6 +38,8 @@ from user_service_server.storage.state import StateWatcher
 from user_service_server.storage.tables import cache_generations, preferences, users
 from user_service_server.users import repository
 
+from .statements import around_direct
+
 READING = ("get", "lease", "read", "answer", "fill")
 WRITING = ("lock_names", "announce", "lock", "conclude", "commit", "publish", "leave_behind")
 IN_TRANSACTION = frozenset({"lock_names", "announce", "lock", "conclude", "commit"})
@@ -183,19 +185,26 @@ def stops_in_sql() -> Iterator[None]:
         if _errand.get():
             await_only(_reach("commit"))
 
-    def after_statement(_c: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
-        if "JOIN preferences" in statement and _errand.get():
-            await_only(_reach("answer"))
+    async def before_direct(statement: str, connection: Any) -> None:
+        if errand := _errand.get():
+            errand.connection = connection
+        for part, point in _STATEMENTS.items():
+            if part in statement:
+                await _reach(point)
+
+    async def after_direct(statement: str, _connection: Any) -> None:
+        if "JOIN preferences" in statement:
+            await _reach("answer")
 
     listeners: dict[str, Callable[..., None]] = {
         "before_cursor_execute": before_statement,
-        "after_cursor_execute": after_statement,
         "commit": before_commit,
     }
     for name, listener in listeners.items():
         event.listen(Engine, name, listener)
     try:
-        yield
+        with around_direct(before_direct, after_direct):
+            yield
     finally:
         for name, listener in listeners.items():
             event.remove(Engine, name, listener)

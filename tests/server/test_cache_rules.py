@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import event
-from sqlalchemy.engine import Engine
 from sqlalchemy.ext.asyncio import AsyncConnection
 from user_service_server.errors import DependencyUnavailable, UserNotFound
 from user_service_server.settings import Settings
@@ -25,6 +23,7 @@ from user_service_server.storage.documents import CONCLUSION_TIMEOUT
 from user_service_server.storage.state import renew_epoch
 
 from ..engines import settings_for
+from .statements import around_direct
 from .stepped import WRITING, Replica, World, a_world
 
 
@@ -206,17 +205,14 @@ def reads(meet: Callable[[], object] = lambda: None) -> Iterator[list[str]]:
     """Collect the statements that read documents; the first of them meets with something."""
     seen: list[str] = []
 
-    def note(_c: object, _cursor: object, statement: str, *_rest: object) -> None:
+    async def note(statement: str, _connection: object) -> None:
         if "JOIN preferences" in statement:
             seen.append(statement)
             if len(seen) == 1:
                 meet()
 
-    event.listen(Engine, "before_cursor_execute", note)
-    try:
+    with around_direct(note):
         yield seen
-    finally:
-        event.remove(Engine, "before_cursor_execute", note)
 
 
 async def test_those_who_miss_different_documents_at_once_share_one_statement(

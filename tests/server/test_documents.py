@@ -32,6 +32,7 @@ from user_service_server.storage.link import RedisLink
 from user_service_server.storage.state import StateWatcher
 
 from ..engines import settings_for
+from .statements import around_direct
 from .test_users import assert_failed, changes_of, fetch, register
 
 ANY_VERSION = {"X-Min-Version": str(10**9)}
@@ -62,11 +63,11 @@ class Held:
         self.reached = asyncio.Event()
         self._go = asyncio.Event()
 
-    def pass_(self) -> None:
+    async def pass_(self) -> None:
         """Called in the server's task: the first who comes waits, later ones do not."""
         if not self.reached.is_set() and not _in_background():
             self.reached.set()
-            await_only(self._go.wait())
+            await self._go.wait()
 
     def let_go(self) -> None:
         self._go.set()
@@ -96,7 +97,10 @@ def counted() -> Iterator[list[str]]:
         if not _in_background():
             statements.append(statement)
 
-    with _listening("before_cursor_execute", note):
+    async def note_direct(statement: str, _connection: Any) -> None:
+        note(None, None, statement)
+
+    with _listening("before_cursor_execute", note), around_direct(note_direct):
         yield statements
 
 
@@ -105,11 +109,14 @@ def held_after(part: str) -> Iterator[Held]:
     """Hold the first task that has run a statement with `part` in it."""
     held = Held()
 
-    def hold(_c: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
+    async def hold_direct(statement: str, _connection: Any) -> None:
         if part in statement:
-            held.pass_()
+            await held.pass_()
 
-    with _listening("after_cursor_execute", hold):
+    def hold(_c: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
+        await_only(hold_direct(statement, None))
+
+    with _listening("after_cursor_execute", hold), around_direct(after=hold_direct):
         try:
             yield held
         finally:
@@ -120,7 +127,7 @@ def held_after(part: str) -> Iterator[Held]:
 def held_at_commit() -> Iterator[Held]:
     """Hold the first task that is about to commit."""
     held = Held()
-    with _listening("commit", lambda _connection: held.pass_()):
+    with _listening("commit", lambda _connection: await_only(held.pass_())):
         try:
             yield held
         finally:

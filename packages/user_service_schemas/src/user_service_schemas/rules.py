@@ -173,8 +173,9 @@ def effective_preferences(
 ) -> Preferences:
     """Return what the document shows: what was said, and the default where nothing was.
 
-    With a catalogue these are all of its categories and no other. A zone that the zone database no
-    longer has is shown as it was said, and the default is what holds.
+    With a catalogue these are all of its categories and no other; without, they are sorted, so that
+    the same choices are shown by the same bytes, wherever they were kept. A zone that the zone
+    database no longer has is shown as it was said, and the default is what holds.
     """
     zone = choices.timezone
     return Preferences(
@@ -187,7 +188,7 @@ def effective_preferences(
         muted_until=choices.muted_until,
         categories={
             name: Channels(email=said.get("email", True), push=said.get("push", True))
-            for name, said in choices.categories.items()
+            for name, said in sorted(choices.categories.items())
         }
         if catalogue is None
         else {

@@ -14,7 +14,8 @@ from ..http.limits import RateLimits
 from ..settings import Settings
 from ..storage.database import Database
 from ..storage.document import EntityTags
-from ..storage.documents import Documents, Recorder
+from ..storage.documents import Documents
+from ..storage.recorded_answers import Recorder
 from . import repository
 from .passwords import Passwords, judge_password
 

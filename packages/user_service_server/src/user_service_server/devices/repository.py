@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
+import asyncpg
 from sqlalchemy import (
     ColumnElement,
     Row,
     and_,
+    bindparam,
     delete,
+    exists,
     func,
     insert,
     not_,
@@ -22,7 +25,10 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncConnection
 from user_service_schemas import DeviceDetails, RegisterDevice
 
+from ..storage import revisions
+from ..storage.database import Direct, Fields
 from ..storage.document import is_one_of
+from ..storage.revisions import Base, Effects
 from ..storage.tables import devices, service_state, users
 
 MAX_DEVICES = 100
@@ -40,30 +46,82 @@ _SWITCH_OFF = text("""
 """)
 
 
+_TOUCH = Direct(
+    update(devices)
+    .values(last_seen_at=func.clock_timestamp())
+    .where(
+        devices.c.token_digest == bindparam("digest"),
+        devices.c.user_id == bindparam("user"),
+        devices.c.active,
+        devices.c.token == bindparam("said_token"),
+        devices.c.platform == bindparam("said_platform"),
+        devices.c.app.is_not_distinct_from(bindparam("said_app")),
+        users.c.id == devices.c.user_id,
+    )
+    .returning(devices, users.c.version)
+)
+_theirs = devices.c.user_id == users.c.id
+READ = revisions.reading(
+    exists().where(devices.c.token_digest == bindparam("token_digest")).label("is_known"),
+    select(func.count()).where(_theirs).scalar_subquery().label("held"),
+    select(func.min(devices.c.deactivated_at)).where(_theirs).scalar_subquery().label("off_since"),
+)
+_ADD = revisions.writing(
+    taking="""
+        INSERT INTO devices (id, user_id, token, token_digest, platform, app, active,
+            registered_at, last_seen_at)
+        SELECT CAST(:device_id AS uuid), id, :token, CAST(:token_digest AS bytea), :platform, :app,
+            true, CAST(:at AS timestamptz), CAST(:at AS timestamptz)
+        FROM locked
+        ON CONFLICT (token_digest) DO NOTHING
+        RETURNING user_id AS id
+    """
+)
+
+
 async def touch(
-    connection: AsyncConnection, user_id: str, digest: bytes, request: RegisterDevice
+    connection: asyncpg.Connection, user_id: str, digest: bytes, request: RegisterDevice
 ) -> tuple[DeviceDetails, int] | None:
     """Note that a user's own, active, unchanged token was seen; None if it is not such a one.
 
     The one write that changes no document, and so needs no lock, version or announcement.
     Returns the device and the user's version.
     """
-    touched = await connection.execute(
-        update(devices)
-        .values(last_seen_at=func.clock_timestamp())
-        .where(
-            devices.c.token_digest == digest,
-            devices.c.user_id == user_id,
-            devices.c.active,
-            devices.c.token == request.token,
-            devices.c.platform == request.platform,
-            devices.c.app.is_not_distinct_from(request.app),
-            users.c.id == devices.c.user_id,
-        )
-        .returning(devices, users.c.version)
+    touched = await _TOUCH.fetch(
+        connection,
+        {
+            "digest": digest,
+            "user": user_id,
+            "said_token": request.token,
+            "said_platform": request.platform,
+            "said_app": request.app,
+        },
     )
-    row = touched.first()
-    return None if row is None else (details(row), row.version)
+    return (details(touched[0]), touched[0]["version"]) if touched else None
+
+
+def has_room(base: Base, max_active: int, retention_days: int) -> bool:
+    """Whether one more device of a user puts none out, and none is to be pruned."""
+    off_since, since = base.row["off_since"], base.at - timedelta(days=retention_days)
+    return (
+        len(base.document.user.devices) < max_active
+        and base.row["held"] < MAX_DEVICES
+        and (off_since is None or off_since >= since)
+    )
+
+
+def add(device: DeviceDetails, digest: bytes) -> Effects:
+    """Return what is written when a user gets an active device more."""
+    return Effects(
+        _ADD,
+        {
+            "device_id": device.id,
+            "token": device.token,
+            "token_digest": digest,
+            "platform": device.platform,
+            "app": device.app,
+        },
+    )
 
 
 async def read_owner(connection: AsyncConnection, digest: bytes) -> str | None:
@@ -101,7 +159,7 @@ async def list_devices(
     rows = found.all()
     if not rows:
         return None
-    return [details(row) for row in rows if row.id is not None], rows[0].version
+    return [details(row._mapping) for row in rows if row.id is not None], rows[0].version
 
 
 async def insert_device(
@@ -377,15 +435,15 @@ async def erase(connection: AsyncConnection, user_id: str) -> None:
     await connection.execute(delete(devices).where(devices.c.user_id == user_id))
 
 
-def details(row: Row[Any]) -> DeviceDetails:
+def details(row: Fields) -> DeviceDetails:
     """Return a device as `/devices` shows it."""
     return DeviceDetails(
-        id=row.id,
-        token=row.token,
-        platform=row.platform,
-        app=row.app,
-        active=row.active,
-        registered_at=row.registered_at,
-        last_seen_at=row.last_seen_at,
-        inactive_reason=row.inactive_reason,
+        id=str(row["id"]),
+        token=row["token"],
+        platform=row["platform"],
+        app=row["app"],
+        active=row["active"],
+        registered_at=row["registered_at"],
+        last_seen_at=row["last_seen_at"],
+        inactive_reason=row["inactive_reason"],
     )

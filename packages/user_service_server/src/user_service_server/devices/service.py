@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import msgspec
 from sqlalchemy import Row
 from user_service_schemas import (
     ChangeKind,
+    Device,
     DeviceDetails,
     DeviceUpdate,
     RegisterDevice,
@@ -18,7 +20,9 @@ from ..errors import DeviceNotFound, UserNotFound
 from ..settings import Settings
 from ..storage.database import Database
 from ..storage.document import EntityTags
-from ..storage.documents import Documents, Recorder, Unrecorded, Write
+from ..storage.documents import Documents, Write
+from ..storage.recorded_answers import Recorder
+from ..storage.revisions import Base, Revision
 from . import repository
 
 PRUNED_AT_ONCE = 1000
@@ -62,11 +66,15 @@ class Devices:
             UserNotFound, VersionMismatch
         """
         digest = token_digest(request.token)
-        if request.active and if_match is None and isinstance(recorder, Unrecorded):
-            async with self._database.reading() as connection:
-                touched = await repository.touch(connection, user_id, digest, request)
-            if touched:
-                return Registration(*touched, is_new=False)
+        if request.active:
+            if if_match is None and recorder.key is None:
+                async with self._database.direct() as connection:
+                    touched = await repository.touch(connection, user_id, digest, request)
+                if touched:
+                    return Registration(*touched, is_new=False)
+            added = await self._add(user_id, digest, request, if_match, recorder)
+            if added:
+                return added
         async with self._documents.write(user_id, recorder) as write:
             await write.lock_names(digest)
             owner = await repository.read_owner(write.connection, digest)
@@ -76,6 +84,45 @@ class Devices:
             return await write.conclude(
                 lambda: Registration(device, write.document.version, is_new)
             )
+
+    async def _add(
+        self,
+        user_id: str,
+        digest: bytes,
+        request: RegisterDevice,
+        if_match: EntityTags | None,
+        recorder: Recorder,
+    ) -> Registration | None:
+        """Give a user who has room a token that nobody has; None if it is otherwise."""
+
+        def decide(base: Base) -> Revision[Registration] | None:
+            if base.row["is_known"] or not repository.has_room(
+                base, self._max_active, self._retention_days
+            ):
+                return None
+            device = DeviceDetails(
+                id=str(uuid7()),
+                token=request.token,
+                platform=request.platform,
+                app=request.app,
+                active=True,
+                registered_at=base.at,
+                last_seen_at=base.at,
+                inactive_reason=None,
+            )
+            shown = msgspec.convert(device, Device, from_attributes=True)
+            user = base.changed(devices=(shown, *base.document.user.devices))
+            return Revision(
+                user,
+                ChangeKind.DEVICE_REGISTERED,
+                repository.add(device, digest),
+                Registration(device, user.version, is_new=True),
+                names=(digest,),
+            )
+
+        return await self._documents.revise(
+            user_id, if_match, recorder, repository.READ, decide, token_digest=digest
+        )
 
     async def _take(
         self, write: Write, user_id: str, digest: bytes, request: RegisterDevice
@@ -101,7 +148,7 @@ class Devices:
             write.changed(user_id, kind)
             is_new = True
         await self._bound(write, user_id, row)
-        return repository.details(row), is_new
+        return repository.details(row._mapping), is_new
 
     async def update(
         self,
@@ -125,7 +172,7 @@ class Devices:
                 row = await repository.set_active(write.connection, device_id, request.active)
                 await self._bound(write, user_id, row)
                 write.changed(user_id, ChangeKind.DEVICE_UPDATED)
-            device = repository.details(row)
+            device = repository.details(row._mapping)
             return await write.conclude(lambda: (device, write.document.version))
 
     async def remove(

@@ -12,6 +12,7 @@ from sqlalchemy import func, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from user_service_schemas import PreferenceChange
 
+from ..storage.database import lock_key
 from ..storage.document import is_one_of
 from ..storage.tables import suppressed_addresses, users
 
@@ -192,8 +193,7 @@ async def opt_out(
 async def lock_counts(connection: AsyncConnection, caller: str) -> Counts:
     """Lock and read what a caller's reports did within the hour. The last lock but the cache's."""
     digest = hashlib.sha256(b"feedback:" + caller.encode()).digest()
-    name = int.from_bytes(digest[:8], "big", signed=True)
-    await connection.execute(_LOCK, {"name": name})
+    await connection.execute(_LOCK, {"name": lock_key(digest)})
     # In a later statement, which sees what was committed until the lock was got.
     row = (await connection.execute(_COUNTS, {"caller": caller})).one()
     return Counts(row.now, list(zip(row.minutes or (), row.applied or (), strict=True)))

@@ -27,7 +27,8 @@ from ..errors import Invalid, Overloaded, RateLimited
 from ..metrics import Metrics
 from ..settings import Settings
 from ..storage.document import EntityTags
-from ..storage.documents import Documents, Recorder, Write
+from ..storage.documents import Documents, Write
+from ..storage.recorded_answers import Recorder
 from ..users.repository import email_name
 from . import repository
 from .repository import Address, Counts, Subject

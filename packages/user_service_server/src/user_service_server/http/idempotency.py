@@ -10,20 +10,17 @@ import hashlib
 import hmac
 import re
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from litestar.response.base import ASGIResponse
-from sqlalchemy.ext.asyncio import AsyncConnection
 from user_service_schemas import FieldError
 
-from ..errors import IdempotencyInProgress, IdempotencyKeyReused, Invalid, ServiceError
-from ..keys.ring import Caller
+from ..errors import IdempotencyKeyReused, Invalid, ServiceError
 from ..metrics import Metrics
 from ..settings import Settings
 from ..storage import recorded_answers
 from ..storage.database import Database
-from ..storage.documents import Recorder, Unrecorded
-from ..storage.recorded_answers import RecordedAnswer
+from ..storage.recorded_answers import AlreadyAnswered, AnswerKey, RecordedAnswer, Recorder
 from .answers import JSON, NO_STORE, HTTPRequest
 from .callers import caller_of
 
@@ -33,51 +30,6 @@ PRUNED_AT_ONCE = 1000
 HEADER = "Idempotency-Key"
 _KEY = re.compile(r"[\x21-\x7e]([\x20-\x7e]{0,253}[\x21-\x7e])?")
 _KEPT_HEADERS = ("etag", "location")
-
-
-class AlreadyAnswered(Exception):
-    """While this request was on its way, another with the same key was answered."""
-
-    def __init__(self, answer: RecordedAnswer) -> None:
-        super().__init__()
-        self.answer = answer
-
-
-class _Recording:
-    """Records the answer to one request under its key."""
-
-    def __init__(
-        self, caller: Caller, key: str, digest: bytes, render: Callable[[Any], ASGIResponse]
-    ) -> None:
-        self.actor = caller.actor
-        self._caller = caller.name
-        self._key = key
-        self._digest = digest
-        self._render = render
-
-    async def open(self, connection: AsyncConnection) -> None:
-        """Raises `IdempotencyInProgress` or `AlreadyAnswered`."""
-        is_mine, answer = await recorded_answers.lock_and_find(connection, self._caller, self._key)
-        if answer is not None:
-            raise AlreadyAnswered(answer)
-        if not is_mine:
-            raise IdempotencyInProgress
-
-    async def record(self, connection: AsyncConnection, user_id: str | None, result: Any) -> None:
-        """Raises `IdempotencyInProgress`: another did the same just before this had the lock."""
-        response = self._render(result)
-        answer = RecordedAnswer(
-            digest=self._digest,
-            status=response.status_code,
-            headers=[
-                (name, value)
-                for name, value in response.headers.items()
-                if name.lower() in _KEPT_HEADERS
-            ],
-            body=bytes(response.body),
-        )
-        if not await recorded_answers.record(connection, self._caller, self._key, user_id, answer):
-            raise IdempotencyInProgress
 
 
 class Idempotency:
@@ -111,7 +63,7 @@ class Idempotency:
         caller = caller_of(request)
         key = request.headers.get(HEADER)
         if key is None:
-            return render(await work(Unrecorded(caller.actor)))
+            return render(await work(Recorder(caller.actor)))
         if not _KEY.fullmatch(key):
             raise Invalid(
                 FieldError(field=HEADER, message="Expected 1 to 255 printable characters.")
@@ -119,8 +71,11 @@ class Idempotency:
         digests = [_digest(secret, request, await request.body()) for secret in self._secrets]
         answer = await self._find(caller.name, key) if is_costly else None
         if answer is None:
+            recorded = AnswerKey(
+                caller.name, key, lambda result: _recorded(digests[0], render(result))
+            )
             try:
-                return render(await work(_Recording(caller, key, digests[0], render)))
+                return render(await work(Recorder(caller.actor, recorded)))
             except AlreadyAnswered as already:
                 answer = already.answer
             except ServiceError:
@@ -149,6 +104,16 @@ class Idempotency:
             media_type=JSON,
             headers=[NO_STORE, *answer.headers, ("Idempotency-Replayed", "true")],
         )
+
+
+def _recorded(digest: bytes, response: ASGIResponse) -> RecordedAnswer:
+    headers = response.headers.items()
+    return RecordedAnswer(
+        digest=digest,
+        status=response.status_code,
+        headers=[(name, value) for name, value in headers if name.lower() in _KEPT_HEADERS],
+        body=bytes(response.body),
+    )
 
 
 def _digest(secret: bytes, request: HTTPRequest, body: bytes) -> bytes:

@@ -15,7 +15,47 @@ from user_service_schemas import (
     preference_changes,
 )
 
+from ..storage import revisions
+from ..storage.revisions import Effects
 from ..storage.tables import preference_history, preferences, users
+
+READ = revisions.reading()
+_SAY = revisions.writing("""
+    , said AS (
+        UPDATE preferences
+        SET email = :email, push = :push, quiet_hours_start = :quiet_hours_start,
+            quiet_hours_end = :quiet_hours_end, timezone = :timezone, muted_until = :muted_until,
+            categories = CAST(:categories AS jsonb)
+        FROM raised
+        WHERE preferences.user_id = raised.id
+    ), noted AS (
+        INSERT INTO preference_history
+            (user_id, version, at, actor, source, policy_version, changes)
+        SELECT id, version, clock_timestamp(), :actor, :source, :policy_version,
+            CAST(:changes AS jsonb)
+        FROM raised
+    )
+""")
+
+
+def say(
+    choices: Choices, changes: tuple[PreferenceChange, ...], consent: Consent | None
+) -> Effects:
+    """Return what is written when a user says `choices`, with the entry of the history."""
+    return Effects(
+        _SAY,
+        {
+            **msgspec.structs.asdict(choices),
+            "categories": _to_json(choices.categories),
+            "source": consent and consent.source,
+            "policy_version": consent and consent.policy_version,
+            "changes": _to_json(changes),
+        },
+    )
+
+
+def _to_json(value: object) -> str:
+    return msgspec.json.encode(value).decode()
 
 
 async def insert_choices(

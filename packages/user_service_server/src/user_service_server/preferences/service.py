@@ -15,7 +15,9 @@ from ..errors import UserNotFound
 from ..settings import Settings
 from ..storage.database import Database
 from ..storage.document import EntityTags
-from ..storage.documents import Documents, Recorder
+from ..storage.documents import Documents
+from ..storage.recorded_answers import Recorder
+from ..storage.revisions import Base, Revision
 from . import repository
 
 
@@ -44,6 +46,23 @@ class PreferenceCenter:
             UserNotFound, VersionMismatch
         """
         consent = request.consent or None
+
+        def decide(base: Base) -> Revision[tuple[Preferences, int]] | None:
+            after = merge_preferences(base.choices, request, self._catalogue)
+            changes = preference_changes(base.choices, after)
+            if not changes:
+                return None
+            user = base.changed(preferences=self._documents.shape.preferences(after))
+            return Revision(
+                user,
+                ChangeKind.PREFERENCES_UPDATED,
+                repository.say(after, changes, consent),
+                (user.preferences, user.version),
+            )
+
+        revised = await self._documents.revise(user_id, if_match, recorder, repository.READ, decide)
+        if revised:
+            return revised
         async with self._documents.write(user_id, recorder) as write:
             row = await write.lock_user(user_id, if_match)
             before = await repository.read_choices(write.connection, user_id)

@@ -7,16 +7,24 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Final, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import asyncpg
 from sqlalchemy import ColumnElement, Row, select, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 from user_service_schemas import ChangeKind, User
 
-from ..errors import Overloaded, ServiceError, UserNotFound, VersionMismatch
+from ..errors import (
+    DependencyUnavailable,
+    Overloaded,
+    ServiceError,
+    UserNotFound,
+    VersionMismatch,
+)
+from . import recorded_answers, revisions
 from .cache import MISS, Announcement, DocumentCache, Outcome
-from .database import TRANSACTION_TIMEOUT, Database, translated
+from .database import TRANSACTION_TIMEOUT, Database, Direct, driver, lock_key, translated
 from .document import (
     Document,
     DocumentShape,
@@ -25,7 +33,9 @@ from .document import (
     decode_user,
     is_one_of,
 )
+from .recorded_answers import Recorder
 from .replica import FILL_WITHIN, Replica
+from .revisions import Base, Revision
 from .state import StateWatcher
 from .tables import cache_generations, users
 
@@ -49,7 +59,8 @@ _WITHOUT_STEP = frozenset({ChangeKind.USER_CREATED, ChangeKind.PASSWORD_UPDATED}
 # buckets where the cache could not be told (they come without a generation), or was told under a
 # generation that is over. Their rows are locked by ascending bucket, as always (see `state`), and
 # one that another has raised meanwhile is left as it is.
-_CONCLUDE = text("""
+_CONCLUDE = Direct(
+    text("""
     WITH changed AS (
         SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:kinds AS text[]), CAST(:steps AS int[]))
             AS changed (id, kind, step)
@@ -82,48 +93,14 @@ _CONCLUDE = text("""
         FROM locked
         WHERE cache_generations.bucket = locked.bucket
     )
-    SELECT (SELECT json_object_agg(id, version) FROM raised), EXISTS (SELECT FROM untold)
+    SELECT (SELECT json_object_agg(id, version) FROM raised) AS versions,
+        EXISTS (SELECT FROM untold) AS untold
 """)
+)
 _GENERATIONS = select(cache_generations.c.bucket, cache_generations.c.generation)
 _ADVISORY_LOCKS = text(
     "SELECT pg_advisory_xact_lock(key) FROM unnest(CAST(:keys AS bigint[])) AS key"
 )
-
-
-class Recorder(Protocol):
-    """Keeps the result of a write with the write itself, so that a repeat finds it.
-
-    `actor` is who writes, as the change log and the history keep it.
-    """
-
-    @property
-    def actor(self) -> str | None:
-        """Who writes; None for the service itself."""
-
-    async def open(self, connection: AsyncConnection) -> None:
-        """Begin, first of all in the transaction; raises if this is a repeat."""
-
-    async def record(self, connection: AsyncConnection, user_id: str | None, result: Any) -> None:
-        """Keep the result, last of all before the commit.
-
-        It is forgotten with the user whom it is about; None, if it tells nothing of anybody.
-        """
-
-
-class Unrecorded:
-    """The recorder of a write that will not be repeated."""
-
-    def __init__(self, actor: str | None = None) -> None:
-        self.actor = actor
-
-    async def open(self, connection: AsyncConnection) -> None:
-        """Begin nothing."""
-
-    async def record(self, connection: AsyncConnection, user_id: str | None, result: Any) -> None:
-        """Keep nothing."""
-
-
-UNRECORDED: Final = Unrecorded()
 
 
 class Write:
@@ -153,8 +130,7 @@ class Write:
 
         Before any user: locks are always taken in the order names, users, devices.
         """
-        keys = sorted(int.from_bytes(name[:8], "big", signed=True) for name in names)
-        await self.connection.execute(_ADVISORY_LOCKS, {"keys": keys})
+        await self.connection.execute(_ADVISORY_LOCKS, {"keys": sorted(map(lock_key, names))})
 
     async def lock_users(self, *user_ids: str) -> dict[str, Row[Any]]:
         """Announce and lock users, by ascending id; returns the rows of those that exist."""
@@ -210,21 +186,23 @@ class Write:
         Returns what `result` makes of it, which is recorded together with the write.
         """
         async with asyncio.timeout(CONCLUSION_TIMEOUT):
+            connection = await driver(self.connection)
             if self._kinds:
-                await self._raise_versions()
+                await self._raise_versions(connection)
             self._committed = await self._documents.shape.read_by_id(
-                self.connection, list(self._announcement.keys)
+                connection, list(self._announcement.keys)
             )
             value = result()
-            await self._recorder.record(self.connection, self._user_id, value)
+            if key := self._recorder.key:
+                await recorded_answers.record(connection, key, self._user_id, value)
         self.concluded = True
         return value
 
-    async def _raise_versions(self) -> None:
+    async def _raise_versions(self, connection: asyncpg.Connection) -> None:
         kinds = self._kinds.values()
         announced = self._announcement.buckets
-        concluded = await self.connection.execute(
-            _CONCLUDE,
+        (concluded,) = await _CONCLUDE.fetch(
+            connection,
             {
                 "actor": self.actor,
                 "ids": list(self._kinds),
@@ -236,8 +214,8 @@ class Write:
                 ],
             },
         )
-        self._versions, untold = concluded.one()
-        if untold:
+        self._versions = concluded["versions"]
+        if concluded["untold"]:
             # In a later statement, too: one that waited for another's raise does not see it.
             generations = await self.connection.execute(
                 _GENERATIONS.where(cache_generations.c.bucket.in_(announced))
@@ -258,26 +236,13 @@ class Write:
             documents.leave_behind_soon(self._announcement.generations)
             raise
         finally:
-            documents.replica.wrote(self._announcement.keys)
-            documents.forget_flights(self._announcement.keys)
+            documents.wrote(self._announcement.keys)
             await self.connection.close()
         documents.state.adopt(self._generations, "unannounced_write")
         # An erased user has a version, and no document.
         outcomes = {i: Outcome(version, None) for i, version in self._versions.items()}
         outcomes |= {i: Outcome(read.version, read.stored()) for i, read in self._committed.items()}
-        untold = await documents.cache.publish(self._announcement, outcomes)
-        # Where it was not announced either, that was made good already.
-        unpublished = {
-            bucket: said.generation
-            for bucket, said in self._announcement.buckets.items()
-            if bucket in untold and said.complete
-        }
-        if unpublished and self._kinds:
-            try:
-                await documents.state.leave_behind(unpublished, "unpublished_write")
-            except ServiceError:
-                documents.leave_behind_soon(unpublished)
-                raise
+        await documents.publish(self._announcement, outcomes, is_change=bool(self._kinds))
 
     async def abandon(self) -> None:
         """Roll back, and take the announcements away."""
@@ -315,7 +280,7 @@ class Documents:
         self._flights: dict[str, _Flight] = {}
         self._boarding: list[_Flight] = []
         self._unknown: dict[str, float] = {}
-        self._background: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[Any]] = set()
 
     @property
     def epoch(self) -> str:
@@ -380,7 +345,9 @@ class Documents:
 
     @asynccontextmanager
     async def write(
-        self, user_id: str | None, recorder: Recorder = UNRECORDED
+        self,
+        user_id: str | None,
+        recorder: Recorder = Recorder(),  # noqa: B008 - immutable
     ) -> AsyncIterator[Write]:
         """Run a write of a user, or of many (None), in the one shape that writes have.
 
@@ -396,7 +363,8 @@ class Documents:
         try:
             async with asyncio.timeout(TRANSACTION_TIMEOUT):
                 with translated():
-                    await recorder.open(connection)
+                    if recorder.key:
+                        await recorded_answers.begin(connection, recorder.key)
                     yield write
         except BaseException as error:
             await self._to_the_end(write.abandon())
@@ -408,9 +376,84 @@ class Documents:
             raise RuntimeError("a write must be concluded")
         await self._to_the_end(write.commit())
 
-    async def _to_the_end(self, ending: Coroutine[Any, Any, None]) -> None:
+    async def revise(
+        self,
+        user_id: str,
+        if_match: EntityTags | None,
+        recorder: Recorder,
+        reading: Direct,
+        decide: Callable[[Base], Revision[T] | None],
+        **beside: Any,
+    ) -> T | None:
+        """Change one user in two statements; None if nothing came of it, and `write` has to.
+
+        `decide` is given what `reading` reads, with the parameters `beside`, and may decline, too.
+
+        Raises:
+            Overloaded, DependencyUnavailable: as `write` does; and what `decide` raises.
+        """
+        if not self._database.limits_statements:
+            return None
+        key = recorder.key
+        asked = {"id": user_id, "caller": key and key.caller, "key": key and key.key, **beside}
+        async with self._database.direct() as connection:
+            base = await revisions.read(connection, self.shape, reading, asked)
+        if base is None or (
+            if_match and not if_match.name_version(self.epoch, base.document.version)
+        ):
+            return None
+        revision = decide(base)
+        # From here on not to be cancelled: nobody would publish what was committed.
+        if revision is None or not await self._to_the_end(self._carry_out(revision, recorder)):
+            return None
+        return revision.result
+
+    async def _carry_out(self, revision: Revision[Any], recorder: Recorder) -> bool:
+        """Announce a revision, write it and publish it; False if nothing came of it."""
+        user, announcement = revision.user, Announcement()
+        await self.cache.announce([user.id], announcement)
+        (said,) = announcement.buckets.values()
+        outcomes: dict[str, Outcome] = {}
+        try:
+            if said.complete:
+                async with self._database.direct() as connection:
+                    if await revisions.write(connection, revision, recorder, said.generation):
+                        document = Document(user).stored()
+                        outcomes[user.id] = Outcome(user.version, document)
+        except DependencyUnavailable:
+            # As after a commit whose outcome is unknown: it may have been one.
+            self.leave_behind_soon(announcement.generations)
+            self.wrote([user.id])
+            raise
+        except Exception:
+            await self.cache.publish(announcement, {})
+            raise
+        if outcomes:
+            self.wrote([user.id])
+        await self.publish(announcement, outcomes, is_change=bool(outcomes))
+        return bool(outcomes)
+
+    async def publish(
+        self, announcement: Announcement, outcomes: Mapping[str, Outcome], *, is_change: bool
+    ) -> None:
+        """Let the cache know what was committed; what it cannot be told is left behind."""
+        untold = await self.cache.publish(announcement, outcomes)
+        # Where it was not announced either, that was made good already.
+        unpublished = {
+            bucket: said.generation
+            for bucket, said in announcement.buckets.items()
+            if bucket in untold and said.complete
+        }
+        if unpublished and is_change:
+            try:
+                await self.state.leave_behind(unpublished, "unpublished_write")
+            except ServiceError:
+                self.leave_behind_soon(unpublished)
+                raise
+
+    async def _to_the_end(self, ending: Coroutine[Any, Any, T]) -> T:
         """Run the end of a write even if the request that made it is cancelled."""
-        await asyncio.shield(self._in_background(ending))
+        return await asyncio.shield(self._in_background(ending))
 
     def leave_behind_soon(self, generations: Mapping[int, int]) -> None:
         """Leave what buckets hold behind as soon as Postgres can be reached."""
@@ -423,6 +466,11 @@ class Documents:
                 await asyncio.sleep(1)
 
         self._in_background(leave_behind())
+
+    def wrote(self, ids: Iterable[str]) -> None:
+        """Note a commit, or what may have been one."""
+        self.replica.wrote(ids)
+        self.forget_flights(ids)
 
     def forget_flights(self, ids: Iterable[str]) -> None:
         """Detach the reads under way, which may be older than what was just committed."""
@@ -498,7 +546,7 @@ class Documents:
         return {**replicated, **read}
 
     async def _read_from_primary(self, ids: Sequence[str]) -> dict[str, StoredDocument]:
-        async with self._database.reading() as connection:
+        async with self._database.direct() as connection:
             read = await self.shape.read_by_id(connection, ids)
         return {user_id: document.stored() for user_id, document in read.items()}
 
@@ -512,7 +560,7 @@ class Documents:
             settled = await asyncio.wait_for(current, FILL_WITHIN)
             await self.cache.fill({i: documents[i] for i in settled}, leases)
 
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _in_background(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)

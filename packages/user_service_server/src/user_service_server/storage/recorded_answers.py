@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import asyncpg
 import msgspec
-from sqlalchemy import BigInteger, Row, bindparam, delete, func, select, true, tuple_
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Exists,
+    Row,
+    bindparam,
+    delete,
+    exists,
+    func,
+    literal_column,
+    select,
+    text,
+    true,
+    tuple_,
+)
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from ..errors import IdempotencyInProgress
+from .database import Direct, lock_key
 from .tables import recorded_answers
 
 KEPT_HOURS = 24
@@ -24,11 +41,43 @@ class RecordedAnswer(msgspec.Struct, frozen=True):
     body: bytes
 
 
+class AnswerKey(NamedTuple):
+    """Under what the answer to a write is recorded, and how it is made of the write's result."""
+
+    caller: str
+    key: str
+    answer: Callable[[Any], RecordedAnswer]
+
+    @property
+    def name(self) -> bytes:
+        """What a write locks to have the key for itself."""
+        named = b"\0".join([b"repeat", self.caller.encode(), self.key.encode()])
+        return hashlib.sha256(named).digest()
+
+
+class Recorder(NamedTuple):
+    """Who writes, as the change log and the history keep it, and whether a repeat shall find it.
+
+    `actor` is None for the service itself; `key` for a write that will not be repeated.
+    """
+
+    actor: str | None = None
+    key: AnswerKey | None = None
+
+
+class AlreadyAnswered(Exception):
+    """While this request was on its way, another with the same key was answered."""
+
+    def __init__(self, answer: RecordedAnswer) -> None:
+        super().__init__()
+        self.answer = answer
+
+
 _c = recorded_answers.c
+_SINCE = func.now() - literal_column(f"make_interval(hours => {KEPT_HOURS})")
+_IS_KEPT = _c.at > _SINCE
 _FIND = select(_c.digest, _c.status, _c.headers, _c.body).where(
-    _c.caller == bindparam("caller"),
-    _c.key == bindparam("key"),
-    _c.at > func.now() - func.make_interval(0, 0, 0, 0, KEPT_HOURS),
+    _c.caller == bindparam("caller"), _c.key == bindparam("key"), _IS_KEPT
 )
 _found = _FIND.subquery()
 _try_lock = select(
@@ -39,6 +88,11 @@ _LOCK_AND_FIND = select(_try_lock.c.is_mine, _found).select_from(
 )
 
 
+def is_answered(caller: ColumnElement[str], key: ColumnElement[str]) -> Exists:
+    """Whether a key has got an answer."""
+    return exists().where(_c.caller == caller, _c.key == key, _IS_KEPT)
+
+
 async def find(connection: AsyncConnection, caller: str, key: str) -> RecordedAnswer | None:
     """Read what a caller's key got in the last 24 hours."""
     found = await connection.execute(_FIND, {"caller": caller, "key": key})
@@ -46,18 +100,32 @@ async def find(connection: AsyncConnection, caller: str, key: str) -> RecordedAn
     return None if row is None else _answer(row)
 
 
+async def begin(connection: AsyncConnection, key: AnswerKey) -> None:
+    """Lock a key, first of all in a transaction.
+
+    Raises:
+        IdempotencyInProgress: another has it.
+        AlreadyAnswered
+    """
+    is_mine, answer = await lock_and_find(connection, key)
+    if answer is not None:
+        raise AlreadyAnswered(answer)
+    if not is_mine:
+        raise IdempotencyInProgress
+
+
 async def lock_and_find(
-    connection: AsyncConnection, caller: str, key: str
+    connection: AsyncConnection, key: AnswerKey
 ) -> tuple[bool, RecordedAnswer | None]:
-    """Lock a caller's key until the end of the transaction, and read what it got.
+    """Lock a key until the end of the transaction, and read what it got.
 
     Returns False first if another has it: a repeat that waited on a unique index instead would only
     hold a connection. One statement sees what was there before it had the lock, so what is not
     found may have come meanwhile: `record` looks again.
     """
-    digest = hashlib.sha256(b"\0".join([b"repeat", caller.encode(), key.encode()])).digest()
-    name = int.from_bytes(digest[:8], "big", signed=True)
-    found = await connection.execute(_LOCK_AND_FIND, {"name": name, "caller": caller, "key": key})
+    found = await connection.execute(
+        _LOCK_AND_FIND, {"name": lock_key(key.name), "caller": key.caller, "key": key.key}
+    )
     row = found.one()
     return row.is_mine, None if row.digest is None else _answer(row)
 
@@ -67,38 +135,49 @@ def _answer(row: Row[*tuple[Any, ...]]) -> RecordedAnswer:
     return RecordedAnswer(digest=row.digest, status=row.status, headers=headers, body=row.body)
 
 
-async def record(
-    connection: AsyncConnection,
-    caller: str,
-    key: str,
-    user_id: str | None,
-    answer: RecordedAnswer,
-) -> bool:
-    """Keep the answer of a locked key, in place of one that is older than 24 hours.
+KEEP = f"""
+    INSERT INTO recorded_answers AS old (caller, key, digest, status, headers, body, user_id, at)
+    SELECT CAST(:caller AS text), CAST(:key AS text), CAST(:digest AS bytea),
+        CAST(:status AS smallint), CAST(:headers AS jsonb), CAST(:body AS bytea), about.id, now()
+    FROM {{about}} AS about
+    ON CONFLICT ON CONSTRAINT pk_recorded_answers DO UPDATE
+    SET digest = excluded.digest, status = excluded.status, headers = excluded.headers,
+        body = excluded.body, user_id = excluded.user_id, at = excluded.at
+    WHERE old.at <= {_SINCE}
+    RETURNING old.key
+"""  # noqa: S608 - of constants
+"""Keeps an answer (`recorded`) in place of one that is older than 24 hours; returns no row if there
+is a newer one. `about` has the id of whom it is about, and without a row nothing is kept."""
+_RECORD = Direct(text(KEEP.format(about="(SELECT CAST(:user_id AS uuid) AS id)")))
 
-    False if there is a newer one, which came before the lock was got.
 
-    It is forgotten when `user_id` is erased; None, if it holds nothing of anybody.
-    """
-    values = {
+def recorded(key: AnswerKey | None, result: Any) -> dict[str, Any]:
+    """Return the parameters of `KEEP`; without a key they are all null."""
+    if key is None:
+        return dict.fromkeys(("caller", "key", "digest", "status", "headers", "body"))
+    answer = key.answer(result)
+    return {
+        "caller": key.caller,
+        "key": key.key,
         "digest": answer.digest,
         "status": answer.status,
-        "headers": answer.headers,
+        "headers": msgspec.json.encode(answer.headers).decode(),
         "body": answer.body,
-        "user_id": user_id,
-        "at": func.now(),
     }
-    kept = await connection.execute(
-        insert(recorded_answers)
-        .values(caller=caller, key=key, **values)
-        .on_conflict_do_update(
-            constraint="pk_recorded_answers",
-            set_=values,
-            where=_c.at <= func.now() - func.make_interval(0, 0, 0, 0, KEPT_HOURS),
-        )
-        .returning(_c.key)
-    )
-    return kept.first() is not None
+
+
+async def record(
+    connection: asyncpg.Connection, key: AnswerKey, user_id: str | None, result: Any
+) -> None:
+    """Keep the answer to a write whose key is locked, last of all before the commit.
+
+    It is forgotten when `user_id` is erased; None, if it holds nothing of anybody.
+
+    Raises:
+        IdempotencyInProgress: another did the same just before this had the lock.
+    """
+    if not await _RECORD.fetch(connection, recorded(key, result) | {"user_id": user_id}):
+        raise IdempotencyInProgress
 
 
 async def forget(connection: AsyncConnection, user_id: str) -> None:
@@ -109,11 +188,7 @@ async def forget(connection: AsyncConnection, user_id: str) -> None:
 async def prune(connection: AsyncConnection, limit: int) -> int:
     """Delete up to `limit` answers that are older than 24 hours; returns how many."""
     c = recorded_answers.c
-    old = (
-        select(c.caller, c.key)
-        .where(c.at < func.now() - func.make_interval(0, 0, 0, 0, KEPT_HOURS))
-        .limit(limit)
-    )
+    old = select(c.caller, c.key).where(c.at < _SINCE).limit(limit)
     deleted = await connection.execute(
         delete(recorded_answers).where(tuple_(c.caller, c.key).in_(old))
     )

@@ -22,7 +22,7 @@ from ..logs import describe
 from ..metrics import Metrics
 from ..periodic import Periodic
 from ..settings import Settings
-from .database import create_engine, translated
+from .database import checked_out, create_engine, translated
 from .document import Document, DocumentShape
 from .state import StateWatcher
 from .tables import change_feed, service_state
@@ -127,7 +127,7 @@ class Replica:
         try:
             async with asyncio.timeout(PATIENCE):
                 with translated():
-                    async with self._engine.connect() as connection:
+                    async with checked_out(self._engine) as connection:
                         seen = await self._shape.read_snapshot(connection, wanted)
         except Exception as error:  # noqa: BLE001 - whatever it is, the primary can tell
             self._leave(describe(error)["error"])

@@ -26,7 +26,8 @@ from ..preferences import repository as preferences
 from ..settings import Settings
 from ..storage import recorded_answers
 from ..storage.document import EntityTags, StoredDocument
-from ..storage.documents import Documents, Recorder, Write
+from ..storage.documents import Documents, Write
+from ..storage.recorded_answers import Recorder
 from . import repository
 from .profile import email_key, judge_profile, phone_key, profile_values
 

@@ -1,0 +1,33 @@
+"""Hears of the statements that go past SQLAlchemy, whose events tell nothing of them."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from user_service_server.storage.database import Direct, Fields
+
+Hook = Callable[[str, Any], Awaitable[None]]
+"""Is given the text of a statement, and asyncpg's connection."""
+
+
+async def nothing(_text: str, _connection: Any) -> None:
+    """Does nothing."""
+
+
+@contextmanager
+def around_direct(before: Hook = nothing, after: Hook = nothing) -> Iterator[None]:
+    """Call `before` and `after` each statement that asyncpg runs itself."""
+    fetch = Direct.fetch
+
+    async def heard(self: Direct, connection: Any, parameters: Mapping[str, Any]) -> list[Fields]:
+        await before(self.text, connection)
+        rows = await fetch(self, connection, parameters)
+        await after(self.text, connection)
+        return rows
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Direct, "fetch", heard)
+        yield
