@@ -8,10 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 from uuid import uuid4
 
+import asyncpg
 import httpx
 import pytest
 from sqlalchemy import Engine, event
+from user_service_server.errors import DependencyUnavailable
 from user_service_server.settings import Settings
+from user_service_server.storage.database import Database
 
 from ..engines import settings_for
 from ..system.trouble import until
@@ -265,3 +268,22 @@ async def assert_same_bytes(http: httpx.AsyncClient, user_id: str) -> None:
     read = await http.get(path, headers={"X-Min-Version": str(10**9)})
     assert cached.headers["ETag"] == read.headers["ETag"]
     assert cached.content == read.content
+
+
+@pytest.mark.parametrize(
+    "error", [asyncpg.CannotConnectNowError("starting up"), asyncpg.InternalClientError("lost")]
+)
+async def test_a_postgres_that_cannot_be_connected_to_is_told_as_such(
+    error: Exception, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that starts again after a crash says so; the driver's adapter wraps it once."""
+
+    async def refuse(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(asyncpg, "connect", refuse)
+    database = Database(settings)
+    with pytest.raises(DependencyUnavailable):
+        async with database.direct():
+            pass
+    await database.close()

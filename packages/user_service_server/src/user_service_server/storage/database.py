@@ -95,7 +95,11 @@ async def driver(connection: AsyncConnection) -> asyncpg.Connection:
 @asynccontextmanager
 async def checked_out(engine: AsyncEngine) -> AsyncIterator[asyncpg.Connection]:
     """Give asyncpg's own connection, for single statements without a transaction around them."""
-    pooled = await engine.raw_connection()
+    try:
+        pooled = await engine.raw_connection()
+    except engine.dialect.loaded_dbapi.Error as error:
+        # The adapter's own error, which only a statement of SQLAlchemy is told as SQLAlchemy's.
+        raise error.__cause__ or error from error
     try:
         yield pooled.driver_connection
     except asyncpg.PostgresError:
@@ -243,7 +247,7 @@ def translated() -> Iterator[None]:
         yield
     except PoolTimeout as error:
         raise Overloaded from error
-    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+    except (*_GONE, asyncpg.PostgresError) as error:
         raise _meaning(error) from error
     except DBAPIError as error:
         raise _meaning(_driver_error(error)) from error
