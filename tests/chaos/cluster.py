@@ -86,3 +86,30 @@ def wait_until_whole(primaries: list[Primary]) -> None:
     while not all(primary.sees_all for primary in primaries):
         assert time.monotonic() < deadline, "the cluster was not formed"
         time.sleep(0.05)
+
+
+def move_slot(slot: int, source: Primary, target: Primary, pause: float = 0.0) -> int:
+    """Move a slot with its keys as `redis-cli --cluster reshard` does; returns how many there were.
+
+    Both answer for the slot meanwhile, for `pause` seconds more: the one for the keys that it still
+    has, the other for those whom the one sends there.
+    """
+    with (
+        redis.Redis.from_url(source.url) as giver,
+        redis.Redis.from_url(target.url) as taker,
+    ):
+        ids = [connection.execute_command("CLUSTER", "MYID") for connection in (giver, taker)]
+        taker.execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", ids[0])
+        giver.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", ids[1])
+        moved = 0
+        while True:
+            keys = giver.execute_command("CLUSTER", "GETKEYSINSLOT", slot, 10)
+            if not keys:
+                break
+            to = ("127.0.0.1", target.port, "", 0, 5000)
+            giver.execute_command("MIGRATE", *to, "KEYS", *keys)
+            moved += len(keys)
+            time.sleep(pause)
+        for connection in (taker, giver):
+            connection.execute_command("CLUSTER", "SETSLOT", slot, "NODE", ids[1])
+    return moved

@@ -9,13 +9,13 @@ from collections.abc import AsyncIterator, Iterator
 import asyncpg
 import httpx
 import pytest
-from user_service_server.storage.buckets import ALL_BUCKETS, slot_of
+from user_service_server.storage.buckets import ALL_BUCKETS, bucket_of, slot_of
 
 from ..engines import open_dir
 from ..servers import Server
 from ..system.traffic import Traffic, Work, register
 from ..system.trouble import killed, until
-from .cluster import Primary, cluster, slots_of, wait_until_whole
+from .cluster import Primary, cluster, move_slot, slots_of, wait_until_whole
 from .history import lag, violations
 from .load import Load
 from .replicas import running
@@ -164,6 +164,61 @@ async def test_nothing_stale_is_read_after_one_primary_was_restarted(
     assert await load.at_rest() == []
 
 
+@pytest.fixture
+async def patient_servers(settings: dict[str, str]) -> AsyncIterator[list[Server]]:
+    """Two more, to whom a primary is not down for being late, as each is on a busy machine."""
+    patient = {**settings, "REDIS_TIMEOUT_MS": "2000"}
+    async with running(Server(patient), Server(patient)) as started:
+        yield started
+
+
+async def test_slots_that_move_from_one_primary_to_another_are_read_where_they_are(
+    patient_servers: list[Server], primaries: list[Primary]
+) -> None:
+    source, target = primaries[:2]
+    moving = [slot_of(bucket) for bucket in ALL_BUCKETS if slot_of(bucket) in slots_of(0)]
+    server = patient_servers[0]
+    async with Load([server.port for server in patient_servers]) as load:
+        # The servers were new to nobody's generations: what was quiet before is so no more.
+        await load.go_on(NOTHING_CACHED_FOR)
+        while not all(cached(primaries)):
+            await load.go_on(0.5)
+        before = {server.port: await hits(server) for server in patient_servers}
+        keys = 0
+        for slot in moving:
+            keys += await asyncio.to_thread(move_slot, slot, source, target, 0.02)
+            await load.go_on(0.05)
+        during = {server.port: await hits(server) for server in patient_servers}
+        await load.go_on(3)
+    print(f"\n{keys} keys in {len(moving)} slots, {lag(load.history)}")  # noqa: T201
+    try:
+        assert keys
+        assert all(during[port] > before[port] for port in before)
+        assert violations(load.history, SECOND_BOUND) == []
+        assert not load.refused
+        assert await load.at_rest() == []
+        assert not cached(primaries)[0]
+        users = set(await register(server.url, 60, prefix="moved"))
+        for another in patient_servers:
+
+            async def are_cached(server: Server = another) -> bool:
+                before = await hits(server)
+                await ask_for(server, users)
+                return await hits(server) == before + len(users)
+
+            await until(are_cached, 30)
+        # Those of the moved slots are with their new owner: it holds more than its own share.
+        held = [users & some for some in cached(primaries)]
+        moved = {user for user in users if slot_of(bucket_of(user)) in moving}
+        assert moved
+        assert moved <= held[1]
+        assert not held[0]
+    finally:
+        for slot in moving:
+            await asyncio.to_thread(move_slot, slot, target, source)
+        await asyncio.to_thread(wait_until_whole, primaries)
+
+
 async def generations(database_url: str) -> dict[int, int]:
     connection = await asyncpg.connect(database_url.replace("+asyncpg", ""))
     try:
@@ -189,14 +244,6 @@ async def test_a_restarted_primary_leaves_behind_what_was_cached_on_it_and_no_mo
     after = await generations(database_url)
     raised = [bucket for bucket in ALL_BUCKETS if after[bucket] > before[bucket]]
     assert raised == [bucket for bucket in ALL_BUCKETS if slot_of(bucket) in slots_of(0)]
-
-
-@pytest.fixture
-async def patient_servers(settings: dict[str, str]) -> AsyncIterator[list[Server]]:
-    """Two more, to whom a primary is not down for being late, as each is on a busy machine."""
-    patient = {**settings, "REDIS_TIMEOUT_MS": "2000"}
-    async with running(Server(patient), Server(patient)) as started:
-        yield started
 
 
 async def test_the_other_primaries_are_of_use_while_one_is_down_and_people_are_written(

@@ -33,9 +33,10 @@ from user_service_server.storage.cache import DocumentCache
 from user_service_server.storage.database import Database
 from user_service_server.storage.document import DocumentShape, StoredDocument
 from user_service_server.storage.documents import Documents, Write
-from user_service_server.storage.link import UNREACHABLE, Command, RedisLink
+from user_service_server.storage.link import RedisLink
 from user_service_server.storage.state import StateWatcher
 from user_service_server.storage.tables import cache_generations, preferences, users
+from user_service_server.storage.wire import UNREACHABLE, Command
 from user_service_server.users import repository
 
 from .statements import around_direct

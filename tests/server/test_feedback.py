@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from asyncio import Future
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -17,8 +18,8 @@ import pytest
 from user_service_server.app import create_app
 from user_service_server.embedded import EmbeddedPostgres
 from user_service_server.settings import Settings
-from user_service_server.storage.link import Command, RedisLink
 from user_service_server.storage.migrations import downgrade, upgrade
+from user_service_server.storage.wire import Command, Wire
 
 from ..engines import Engines, settings_for
 from .races import no_deadlock, opposite_moves, race_feedback, register_by_many
@@ -435,13 +436,13 @@ async def test_a_thousand_reports_are_a_handful_of_statements(
     http: httpx.AsyncClient, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trips: list[int] = []
-    pipeline = RedisLink._pipeline
+    call = Wire.call
 
-    async def noted(link: RedisLink, commands: Sequence[Command]) -> list[Any]:
+    def noted(wire: Wire, commands: Sequence[Command]) -> Future[list[Any]]:
         trips.append(len(commands))
-        return await pipeline(link, commands)
+        return call(wire, commands)
 
-    monkeypatch.setattr(RedisLink, "_pipeline", noted)
+    monkeypatch.setattr(Wire, "call", noted)
     await crowd(database_url, 1000)
     ((user_id,),) = await rows(database_url, "SELECT id FROM users WHERE name = 'crowd 7'")
     await fetch(http, str(user_id))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from asyncio import Future
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
 import httpx
 import pytest
@@ -20,6 +22,7 @@ from user_service_server.http.operations import Traffic
 from user_service_server.metrics import Metrics
 from user_service_server.settings import Settings
 from user_service_server.storage.link import RedisLink
+from user_service_server.storage.wire import Command, Wire
 
 from ..engines import settings_for
 from ..keys import EVERYTHING, REQUIRED, make_key, showing
@@ -121,15 +124,15 @@ async def test_many_requests_of_a_caller_are_few_calls(
     database_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = 0
-    run = RedisLink._run_all
+    call = Wire.call
 
-    async def counted(self: RedisLink, commands: object) -> object:
+    def counted(wire: Wire, commands: Sequence[Command]) -> Future[list[Any]]:
         nonlocal calls
         calls += 1
-        return await run(self, commands)  # type: ignore[arg-type]
+        return call(wire, commands)
 
     async with limiting(database_url, redis_url, 1) as [limits]:
-        monkeypatch.setattr(RedisLink, "_run_all", counted)
+        monkeypatch.setattr(Wire, "call", counted)
         for _ in range(1000):
             assert await attempt(limits, "hot")
         assert calls <= 1000 / MAX_SHARE + 2

@@ -1,6 +1,7 @@
 """A Redis that answers late, but in time: what a request waits for it in all."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -57,8 +58,10 @@ class LateRedis:
 
 async def _forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     try:
-        while data := await reader.read(65536):
-            writer.write(data)
+        # The service is killed in the end, and may leave something that it has not read.
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(65536):
+                writer.write(data)
     finally:
         writer.close()
         await writer.wait_closed()

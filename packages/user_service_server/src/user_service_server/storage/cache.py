@@ -18,6 +18,7 @@ import secrets
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from ..metrics import Metrics
@@ -158,7 +159,7 @@ class DocumentCache:
         self._format = document_format.encode()
         self._ttl_ms = ttl * 1000
         self._wanted: dict[str, list[asyncio.Future[StoredDocument | Absence]]] = {}
-        self._flushes: set[asyncio.Task[None]] = set()
+        self._flushes: set[asyncio.Future[list[Any]]] = set()
         self._hits, self._misses, self._bypasses = (
             metrics.cache_reads.labels(result) for result in ("hit", "miss", "bypass")
         )
@@ -168,8 +169,7 @@ class DocumentCache:
     def get(self, user_id: str) -> Awaitable[StoredDocument | Absence]:
         """Return the cached document, or why there is none.
 
-        All gets of one turn of the event loop share a round trip: one call of redis-py costs more
-        CPU than all of Litestar.
+        All gets of one turn of the event loop share a command.
         """
         loop = asyncio.get_running_loop()
         if not self._wanted:
@@ -180,23 +180,28 @@ class DocumentCache:
 
     def _flush(self) -> None:
         wanted, self._wanted = self._wanted, {}
-        task = asyncio.create_task(self._answer(wanted))
-        self._flushes.add(task)
-        task.add_done_callback(self._flushes.discard)
+        # Of one server it is a future already, and needs no task.
+        found = asyncio.ensure_future(self._link.strings(list(wanted)))
+        self._flushes.add(found)
+        found.add_done_callback(partial(self._answer, wanted))
 
-    async def _answer(
-        self, wanted: Mapping[str, list[asyncio.Future[StoredDocument | Absence]]]
+    def _answer(
+        self,
+        wanted: Mapping[str, list[asyncio.Future[StoredDocument | Absence]]],
+        found: asyncio.Future[list[Any]],
     ) -> None:
+        self._flushes.discard(found)
         hits = bypasses = 0
-        answers = await self._look(list(wanted))
-        for waiting, found in zip(wanted.values(), answers, strict=True):
-            if isinstance(found, StoredDocument):
+        values = [BYPASS] * len(wanted) if found.cancelled() else found.result()
+        for waiting, value in zip(wanted.values(), values, strict=True):
+            answer = self._parse(value)
+            if isinstance(answer, StoredDocument):
                 hits += len(waiting)
-            elif found is BYPASS:
+            elif answer is BYPASS:
                 bypasses += len(waiting)
             for future in waiting:
                 if not future.done():
-                    future.set_result(found)
+                    future.set_result(answer)
         self._hits.inc(hits)
         self._bypasses.inc(bypasses)
 
@@ -205,18 +210,15 @@ class DocumentCache:
 
         Not each by `get`: a thousand futures cost as much as all the rest.
         """
-        answers = await self._look([self._key(user_id) for user_id in ids])
+        keys = [self._key(user_id) for user_id in ids]
+        answers: list[StoredDocument | Absence] = []
+        for start in range(0, len(keys), MGET_LIMIT):
+            some = keys[start : start + MGET_LIMIT]
+            answers += map(self._parse, await self._link.strings(some))
         bypasses, misses = answers.count(BYPASS), answers.count(MISS)
         self._bypasses.inc(bypasses)
         self._hits.inc(len(answers) - bypasses - misses)
         return answers
-
-    async def _look(self, keys: Sequence[str]) -> list[StoredDocument | Absence]:
-        found: list[StoredDocument | Absence] = []
-        for start in range(0, len(keys), MGET_LIMIT):
-            some = keys[start : start + MGET_LIMIT]
-            found += map(self._parse, await self._link.strings(some))
-        return found
 
     async def lease(self, ids: Iterable[str]) -> dict[str, str]:
         """Ask to fill `ids`; returns the leases that were got, by id.

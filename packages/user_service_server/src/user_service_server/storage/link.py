@@ -1,6 +1,7 @@
-"""The connection to Redis: every call bounded in time, and none made to a server that is down.
+"""The way to Redis: every call bounded in time, and none made to a server that is down.
 
 One Redis or Valkey, or a cluster of them: then one primary that is down is down for its slots only.
+To each server there is one wire, which all calls share.
 """
 
 from __future__ import annotations
@@ -10,90 +11,164 @@ import contextlib
 import re
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextvars import Context
-from enum import Enum
-from functools import partial
-from itertools import islice
-from typing import Any, Final
+from typing import Any, NamedTuple
 
 import structlog
-from redis.asyncio import Redis, RedisCluster
+from redis.asyncio import ConnectionPool, RedisCluster
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisClusterException, RedisError, ResponseError
+from redis.exceptions import (
+    BusyLoadingError,
+    ReadOnlyError,
+    RedisClusterException,
+    RedisError,
+    ResponseError,
+)
 
 from ..logs import describe
 from ..settings import Settings
-from .buckets import ALL_BUCKETS, slot_of
+from .buckets import ALL_BUCKETS, hash_tag, slot_of
+from .wire import UNREACHABLE, Command, Wire
 
 PROBE_INTERVAL = 0.1
 """Seconds between two looks at a server that failed."""
 LOOK_INTERVAL = 1.0
-"""Seconds between two looks at who serves which slots, while a server of a cluster is down."""
-LATE = 0.02
-"""Seconds after which a timer of the event loop has come late."""
-TURNS = 20
-"""How many turns of the event loop an answer takes at most from the socket to who asked."""
-
-Command = tuple[Any, ...]
-"""A command that concerns one key, which is its second word, or of EVAL its fourth."""
-
-_Asked = tuple[Sequence[Command], asyncio.Future[list[Any]]]
+"""Seconds between two looks at who serves which slots of a cluster."""
 
 _log = structlog.get_logger()
 
-
-class Unreachable(Enum):
-    """The answer of a server that gives none."""
-
-    UNREACHABLE = "unreachable"
-
-
-UNREACHABLE: Final = Unreachable.UNREACHABLE
 # Of the cluster's, not all are Redis errors.
 _FAILURES = (RedisError, RedisClusterException, OSError, TimeoutError)
-_IDENTITY = re.compile(rb"^(run_id|master_replid):(\w+)", re.MULTILINE)
+_INFO = re.compile(rb"^(run_id|master_replid|role|loading):(\w+)", re.MULTILINE)
+_REDIRECTION = re.compile("MOVED|ASK |CLUSTERDOWN")
+_PING: Command = ("PING",)
+_PONG = b"PONG"
+_ASKING: Command = ("ASKING",)
 
 
-class StrangeServer(RedisError):
-    """The server behind the address is not one that was seen before."""
+class _StrangeServer(Exception):
+    """The server with this identity, which may hold these buckets, was not seen before."""
+
+
+class _NotRecognised(ConnectionError):
+    """A server cannot be made known, since Postgres does not answer."""
 
 
 class _Server:
-    """One server, and whether it is asked. After a failure it is not, until a probe succeeds."""
+    """One server, and the wire to it. While there is none it is not asked, and looked for."""
 
-    def __init__(self, name: str, probe: Callable[[], Awaitable[object]]) -> None:
+    def __init__(
+        self, name: str, timeout: float, connect: Callable[[], Awaitable[AbstractConnection]]
+    ) -> None:
+        self.wire: Wire | None = None
         self.recovery: asyncio.Task[None] | None = None
         self._name = name
-        self._probe = probe
+        self._timeout = timeout
+        self._connect = connect
+        self._next_look = 0.0
+        self._first_look: asyncio.Future[None] | None = None
+        self._is_told = False
+        self._is_closed = False
+        self.renew()
 
-    @property
-    def reachable(self) -> bool:
-        return self.recovery is None
+    async def call(self, commands: Sequence[Command]) -> list[Any]:
+        """Send commands over the wire, as it does, once there is one."""
+        wire = await self._settled()
+        return [UNREACHABLE] * len(commands) if wire is None else await wire.call(commands)
 
-    def failed(self, error: BaseException) -> None:
+    async def strings(self, keys: Sequence[str]) -> list[Any]:
+        """Return strings as the wire does, once there is one."""
+        wire = await self._settled()
+        return [UNREACHABLE] * len(keys) if wire is None else await wire.strings(keys)
+
+    async def _settled(self) -> Wire | None:
+        """Return the wire; where there was no failure, but it is being made, that is waited for."""
+        if self._first_look is not None:
+            await asyncio.wait((self._first_look,), timeout=self._timeout / 2)
+        return self.wire
+
+    def renew(self) -> None:
+        """Make another wire, since somebody else may answer, and use this one no more."""
+        self._take(None)
         if self.recovery is None:
-            if not isinstance(error, StrangeServer):
-                _log.warning("redis.unreachable", server=self._name, error=type(error).__qualname__)
+            self._first_look = asyncio.get_running_loop().create_future()
+            self._begin_recovery()
+
+    def replace(self) -> None:
+        """Make another wire, to see who answers, and use this one until then."""
+        if self.recovery is None:
+            self._begin_recovery()
+
+    def _lost(self, error: BaseException | None) -> None:
+        """Note that the wire is over; `error` is None where nobody was waiting for an answer."""
+        if error is None:
+            self.renew()
+            return
+        self._tell(error)
+        self.wire = None
+        if self.recovery is None:
+            self._begin_recovery()
+
+    def _begin_recovery(self) -> None:
+        if not self._is_closed:
             # In a context of its own: it is not part of the request that met the failure.
             self.recovery = asyncio.create_task(
                 self._recover(), name="redis-recovery", context=Context()
             )
 
     async def _recover(self) -> None:
-        while True:
+        made: Wire | None = None
+        while made is None and not self._is_closed:
+            # Also one that is lost as soon as it is found is looked for no more often.
+            await asyncio.sleep(max(0.0, self._next_look - time.monotonic()))
+            self._next_look = time.monotonic() + PROBE_INTERVAL
             try:
-                await self._probe()
-                break
-            except _FAILURES:
-                pass
+                made = await self._made()
+            except _FAILURES as error:
+                self._tell(error)
             except Exception as error:  # noqa: BLE001 - nobody else would ever ask Redis again
                 _log.error("redis.failed", **describe(error))
-            await asyncio.sleep(PROBE_INTERVAL)
+            self._take(made)
+            if self._first_look is not None:
+                self._first_look.set_result(None)
+                self._first_look = None
         self.recovery = None
-        _log.info("redis.reachable", server=self._name)
+        if self._is_told:
+            self._is_told = False
+            _log.info("redis.reachable", server=self._name)
+
+    async def _made(self) -> Wire:
+        connection = await self._connect()
+        try:
+            return Wire(connection, self._timeout, self._lost)
+        except BaseException:
+            await connection.disconnect(nowait=True)
+            raise
+
+    def _take(self, wire: Wire | None) -> None:
+        """Go on with another wire, or without one."""
+        before, self.wire = self.wire, wire
+        if before is not None:
+            before.close()
+        if wire is not None and self._is_closed:
+            # A task that is cancelled as it is done with something may never know (Python 3.11).
+            wire.close()
+
+    def _tell(self, error: BaseException) -> None:
+        # Where it is not known it is Postgres that does not answer.
+        if not self._is_told and not isinstance(error, _NotRecognised):
+            self._is_told = True
+            _log.warning("redis.unreachable", server=self._name, error=type(error).__qualname__)
+
+    def close(self) -> None:
+        """Look for it no more, and end when those who asked have their answers."""
+        self._is_closed = True
+        if self.recovery is not None:
+            self.recovery.cancel()
+        self._take(None)
 
 
 class RedisLink:
@@ -112,245 +187,273 @@ class RedisLink:
         # A request asks Redis three times at the most: to count it, and to read and lease, or to
         # announce and publish.
         self._timeout = settings.redis_timeout_ms / 1000 / 3
+        # Nobody waits for all of a connection that is made anew.
+        self._patience = settings.redis_timeout_ms / 1000
         self._recognise = recognise
         self._known: set[str] = set()
-        self._strangers: dict[str, Collection[int]] = {}
         self._servers: dict[str, _Server] = {}
+        self._looking: asyncio.Task[None] | None = None
         self._next_look = 0.0
-        self._asked: list[_Asked] = []
-        self._flushes: set[asyncio.Task[None]] = set()
+        self._is_closed = False
         options: dict[str, Any] = {
-            "socket_timeout": self._timeout,
-            "socket_connect_timeout": self._timeout,
+            "socket_timeout": self._patience,
+            "socket_connect_timeout": self._patience,
             # One attempt: what fails is answered from Postgres, not waited for.
             "retry": Retry(NoBackoff(), 0),
-            "max_connections": 256,
             "protocol": 2,
         }
-        self._client: Redis | RedisCluster
+        # What redis-py knows of addresses: it makes connections, but sends no commands of ours.
+        self._map: ConnectionPool | RedisCluster
         if settings.redis_cluster:
             # The slots of a dead primary are read from Postgres; the others go on.
-            self._client = RedisCluster.from_url(
+            self._map = RedisCluster.from_url(
                 settings.redis_url, require_full_coverage=False, **options
             )
-            # What its connections are made with, now and later; the constructor does not take it.
-            for made_with in (
-                self._client.connection_kwargs,
-                *(node.connection_kwargs for node in self._client.startup_nodes),
-            ):
-                made_with["redis_connect_func"] = self._greet
         else:
-            self._client = Redis.from_url(
-                settings.redis_url, redis_connect_func=self._greet, **options
-            )
+            self._map = ConnectionPool.from_url(settings.redis_url, **options)
 
     @property
     def reachable(self) -> bool:
         """Whether all servers answer."""
-        return all(server.reachable for server in self._servers.values())
+        return all(server.wire is not None for server in self._servers.values())
 
     async def start(self, patience: float) -> None:
         """Wait up to `patience` seconds for Redis, then go on without it."""
-        if await self.ping():
-            return
-        recoveries = [s.recovery for s in self._servers.values() if s.recovery is not None]
-        if not recoveries:
-            return
-        # Every server is a stranger at first, and made known by its recovery.
-        _done, pending = await asyncio.wait(recoveries, timeout=PROBE_INTERVAL)
-        if pending:
-            _log.warning("redis.waiting", up_to_seconds=patience)
-            _done, pending = await asyncio.wait(pending, timeout=patience)
-        if pending:
-            _log.warning("redis.missing", note="serving from Postgres until it comes")
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        is_told = False
+        while not await self.ping():
+            waited = loop.time() - began
+            if waited >= patience:
+                _log.warning("redis.missing", note="serving from Postgres until it comes")
+                return
+            if waited >= PROBE_INTERVAL and not is_told:
+                is_told = True
+                _log.warning("redis.waiting", up_to_seconds=patience)
+            await asyncio.sleep(PROBE_INTERVAL / 5)
 
     async def ping(self) -> bool:
         """Whether all servers answer."""
-        names = [_ONLY]
-        if isinstance(self._client, RedisCluster):
-            names = [str(node.name) for node in self._client.get_primaries()] or [_ONLY]
-        pings = [self._ask(name, partial(self._ping, name)) for name in names]
-        return UNREACHABLE not in await asyncio.gather(*pings)
+        names = self._names()
+        answers = await asyncio.gather(*(self._server(name).call([_PING]) for name in names))
+        # Of a cluster more may be known than before.
+        return names == self._names() and all(answer == [_PONG] for answer in answers)
 
-    async def strings(self, keys: Sequence[str]) -> list[Any]:
+    def _names(self) -> list[str]:
+        if isinstance(self._map, RedisCluster):
+            return [str(node.name) for node in self._map.get_primaries()] or [_ONLY]
+        return [_ONLY]
+
+    def strings(self, keys: Sequence[str]) -> Awaitable[list[Any]]:
         """Return the strings under `keys`; None, or an error, for what is none."""
-        if isinstance(self._client, RedisCluster):
-            return await self.run([("GET", key) for key in keys])
-        (found,) = await self.run([("MGET", *keys)])
-        return list(found) if isinstance(found, list) else [found] * len(keys)
+        if isinstance(self._map, RedisCluster):
+            return self.run([("GET", key) for key in keys])
+        server = self._server(_ONLY)
+        return server.strings(keys) if server.wire is None else server.wire.strings(keys)
 
     def run(self, commands: Sequence[Command]) -> Awaitable[list[Any]]:
-        """Run commands; what a server refuses is answered by its error.
+        """Run commands; what a server refuses is answered by its error."""
+        if isinstance(self._map, RedisCluster):
+            return self._run_in_cluster(self._map, commands)
+        server = self._server(_ONLY)
+        return server.call(commands) if server.wire is None else server.wire.call(commands)
 
-        All that is asked for in one turn of the event loop is one round trip to each server: a
-        call of redis-py costs more CPU than all of Litestar, and each takes a connection.
-        """
-        loop = asyncio.get_running_loop()
-        if not self._asked:
-            loop.call_soon(self._flush)
-        future: asyncio.Future[list[Any]] = loop.create_future()
-        self._asked.append((commands, future))
-        return future
-
-    def _flush(self) -> None:
-        asked, self._asked = self._asked, []
-        task = asyncio.create_task(self._answer(asked))
-        self._flushes.add(task)
-        task.add_done_callback(self._flushes.discard)
-
-    async def _answer(self, asked: Sequence[_Asked]) -> None:
-        commands = [command for some, _ in asked for command in some]
+    async def _run_in_cluster(
+        self, cluster: RedisCluster, commands: Sequence[Command]
+    ) -> list[Any]:
+        replies: list[Any] = [UNREACHABLE] * len(commands)
+        routes = [_Route(_server_of(cluster, command)) for command in commands]
         try:
-            replies = iter(await self._run_all(commands))
+            await self._ask(commands, dict(enumerate(routes)), replies)
+            redirected: dict[int, _Route] = {}
+            for number, reply in enumerate(replies):
+                if isinstance(reply, ResponseError) and _REDIRECTION.match(str(reply)):
+                    replies[number] = UNREACHABLE
+                    if route := self._redirected(cluster, routes[number].name, str(reply)):
+                        redirected[number] = route
+            if redirected:
+                await self._ask(commands, redirected, replies)
         except Exception as error:  # noqa: BLE001 - whatever it is, nobody may wait without end
             _log.error("redis.failed", **describe(error))
-            replies = iter([UNREACHABLE] * len(commands))
-        for some, future in asked:
-            answer = list(islice(replies, len(some)))
-            if not future.done():
-                future.set_result(answer)
-
-    async def _run_all(self, commands: Sequence[Command]) -> list[Any]:
-        if isinstance(self._client, Redis):
-            return await self._run_some(_ONLY, commands)
-        by_server: dict[str, list[int]] = defaultdict(list)
-        for number, command in enumerate(commands):
-            by_server[_server_of(self._client, command)].append(number)
-        replies: list[Any] = [UNREACHABLE] * len(commands)
-
-        async def run_some(name: str, numbers: list[int]) -> None:
-            answered = await self._run_some(name, [commands[number] for number in numbers])
-            for number, reply in zip(numbers, answered, strict=True):
-                replies[number] = reply
-
-        await asyncio.gather(*(run_some(*item) for item in by_server.items()))
         return replies
 
-    async def _run_some(self, name: str, commands: Sequence[Command]) -> list[Any]:
-        answered = await self._ask(name, lambda: self._pipeline(commands))
-        return [UNREACHABLE] * len(commands) if answered is UNREACHABLE else answered
+    async def _ask(
+        self, commands: Sequence[Command], routes: Mapping[int, _Route], replies: list[Any]
+    ) -> None:
+        """Run those of the commands that have a route, each server's together."""
+        by_server: dict[str, list[int]] = defaultdict(list)
+        for number, route in routes.items():
+            by_server[route.name].append(number)
 
-    async def _pipeline(self, commands: Sequence[Command]) -> list[Any]:
-        async with self._client.pipeline(transaction=False) as pipe:
-            for command in commands:
-                pipe.execute_command(*command)
-            return list(await pipe.execute(raise_on_error=False))
+        async def ask(name: str, numbers: list[int]) -> None:
+            asked = [
+                command
+                for number in numbers
+                for command in (_ASKING, commands[number])
+                if command is not _ASKING or routes[number].is_asking
+            ]
+            answered = await self._server(name).call(asked)
+            kept = [r for command, r in zip(asked, answered, strict=True) if command is not _ASKING]
+            for number, reply in zip(numbers, kept, strict=True):
+                replies[number] = reply
 
-    async def _ask(self, name: str, call: Callable[[], Awaitable[Any]]) -> Any:
+        await asyncio.gather(*(ask(*item) for item in by_server.items()))
+
+    def _redirected(self, cluster: RedisCluster, asked: str, refusal: str) -> _Route | None:
+        """Return to whom a server has sent a command, if to anybody who is known."""
+        kind, _, rest = refusal.partition(" ")
+        if kind != "ASK":
+            self._look_soon(cluster)
+        if kind == "MOVED":
+            # It may not be a primary any more, and be one again before the map is looked at.
+            self._server(asked).replace()
+        name = rest.rpartition(" ")[2]
+        # One without slots is not in the map. Until it has some it is as good as not there.
+        if kind == "CLUSTERDOWN" or cluster.get_node(node_name=name) is None:
+            return None
+        return _Route(name, is_asking=kind == "ASK")
+
+    def _server(self, name: str) -> _Server:
         server = self._servers.get(name)
         if server is None:
-            server = self._servers[name] = _Server(name, lambda: self._probe(name))
-        if not server.reachable:
-            return UNREACHABLE
-        try:
-            return await self._in_time(call)
-        except _FAILURES as error:
-            server.failed(error)
-            return UNREACHABLE
+            server = self._servers[name] = _Server(name, self._timeout, lambda: self._connect(name))
+        return server
 
-    async def _in_time(self, call: Callable[[], Awaitable[Any]]) -> Any:
-        """Await a call for the time that a request may wait for Redis.
+    async def _connect(self, name: str) -> AbstractConnection:
+        """Return a connection to a server that is known.
 
-        A busy event loop is no fault of Redis: while its timers come late, or it is at work most of
-        the time, the time counts anew, up to three times; and what has arrived by then but was
-        not looked at yet counts, too.
+        Raises:
+            RedisError, RedisClusterException, OSError, TimeoutError
         """
-        loop = asyncio.get_running_loop()
-        task = asyncio.ensure_future(call())
-        for _ in range(3):
-            began, worked = loop.time(), time.thread_time()
-            await asyncio.wait((task,), timeout=self._timeout)
-            took, worked = loop.time() - began, time.thread_time() - worked
-            if task.done() or (took < self._timeout + LATE and worked < took / 2):
-                break
-        for _ in range(TURNS):
-            if task.done():
-                return task.result()
-            await asyncio.sleep(0)
-        task.cancel()
-        raise TimeoutError
-
-    async def _probe(self, name: str) -> None:
-        """Ask a failed server again, after strangers were made known."""
-        for identity, buckets in tuple(self._strangers.items()):
-            await self._recognise(identity, buckets)
+        while True:
+            try:
+                async with asyncio.timeout(self._patience):
+                    return await self._greeted(await self._new_connection(name))
+            except _StrangeServer as stranger:
+                identity, buckets = stranger.args
+            except _FAILURES:
+                if isinstance(self._map, RedisCluster) and name != _ONLY:
+                    self._look_soon(self._map, name)
+                raise
+            try:
+                await self._recognise(identity, buckets)
+            except OSError as error:
+                raise _NotRecognised from error
             self._known.add(identity)
-            self._strangers.pop(identity, None)
+
+    async def _new_connection(self, name: str) -> AbstractConnection:
+        if isinstance(self._map, ConnectionPool):
+            return self._map.connection_class(**self._map.connection_kwargs)
+        if not self._map.get_primaries():
+            await self._map.nodes_manager.initialize()
+        node = self._map.get_primaries()[0] if name == _ONLY else self._map.get_node(node_name=name)
+        if node is None:
+            raise ConnectionError  # it left the cluster
+        return node.connection_class(**node.connection_kwargs)
+
+    async def _greeted(self, connection: AbstractConnection) -> AbstractConnection:
         try:
-            async with asyncio.timeout(self._timeout):
-                await self._ping(name)
-        except _FAILURES:
-            if isinstance(self._client, RedisCluster) and name != _ONLY:
-                await self._look_for_another(self._client, name)
+            await connection.connect()  # type: ignore[no-untyped-call]
+            await self._meet(connection)
+        except BaseException:
+            await connection.disconnect(nowait=True)
             raise
+        return connection
 
-    async def _look_for_another(self, cluster: RedisCluster, name: str) -> None:
-        """Look whether another server has taken over the slots of one that is down.
-
-        Once a second, for after each look all connections are made anew. That also greets a replica
-        that became a primary behind a connection.
-        """
-        if time.monotonic() > self._next_look:
-            self._next_look = time.monotonic() + LOOK_INTERVAL
-            with contextlib.suppress(*_FAILURES):
-                async with asyncio.timeout(self._timeout):
-                    await cluster.nodes_manager.initialize(last_failed_node_name=name)
-
-    async def _ping(self, name: str) -> object:
-        if isinstance(self._client, Redis):
-            return await self._client.ping()
-        # The first time only; and by the node, since after a command of the cluster's client that
-        # failed all others wait until it is initialized anew. That takes tens of ms, and what gives
-        # it up closes all connections: a server that is down would take the others with it.
-        await self._client.initialize()
-        node = self._client.get_node(node_name=name)
-        nodes = [node] if node else self._client.get_primaries()
-        return await asyncio.gather(*(node.execute_command("PING") for node in nodes))
-
-    async def _greet(self, connection: AbstractConnection) -> None:
-        """Look who answers on a new connection.
+    async def _meet(self, connection: AbstractConnection) -> None:
+        """Look who answers on a new connection, and whether it does so in time.
 
         `run_id` is new with every start of a server, `master_replid` with every promotion.
 
         Raises:
-            StrangeServer: it was not made known yet.
+            _StrangeServer: it was not made known yet.
         """
-        await connection.on_connect()
         await connection.send_command("INFO")
-        info = dict(_IDENTITY.findall(bytes(await connection.read_response())))
+        info = dict(_INFO.findall(bytes(await connection.read_response())))
+        if info.get(b"loading") == b"1":
+            raise BusyLoadingError
+        if info.get(b"role") in {b"slave", b"replica"}:
+            raise ReadOnlyError
+        async with asyncio.timeout(self._timeout):
+            await connection.send_command("PING")
+            await connection.read_response()
         identity = f"{info.get(b'run_id')!r}{info.get(b'master_replid')!r}"
         if identity not in self._known:
-            self._strangers[identity] = await self._buckets_on(connection)
-            raise StrangeServer
+            raise _StrangeServer(identity, await self._buckets_on(connection))
 
     async def _buckets_on(self, connection: AbstractConnection) -> Collection[int]:
         """Return the buckets of which the server behind a connection may hold something."""
-        if isinstance(self._client, RedisCluster):
-            # While it loads its data it says nothing, and is not made known.
-            with contextlib.suppress(ResponseError):
-                await connection.send_command("CLUSTER", "NODES")
-                return _buckets_of(bytes(await connection.read_response()))
+        if isinstance(self._map, RedisCluster):
+            await connection.send_command("CLUSTER", "NODES")
+            return _buckets_of(bytes(await connection.read_response()))
         return ALL_BUCKETS
+
+    def _look_soon(self, cluster: RedisCluster, failed: str | None = None) -> None:
+        """Look who serves which slots now, once a second at most, until somebody tells.
+
+        After it all wires are made anew. That also greets a replica that became a primary.
+        """
+        if not self._is_closed and (self._looking is None or self._looking.done()):
+            self._looking = asyncio.create_task(self._look(cluster, failed), context=Context())
+
+    async def _look(self, cluster: RedisCluster, failed: str | None) -> None:
+        while True:
+            await asyncio.sleep(max(0.0, self._next_look - time.monotonic()))
+            self._next_look = time.monotonic() + LOOK_INTERVAL
+            before = _owners(cluster)
+            with contextlib.suppress(*_FAILURES):
+                async with asyncio.timeout(self._patience):
+                    await cluster.nodes_manager.initialize(last_failed_node_name=failed)
+                break
+        served = {str(node.name) for node in cluster.get_primaries()}
+        gained = {name for name, was in zip(_owners(cluster), before, strict=True) if name != was}
+        for name, server in tuple(self._servers.items()):
+            if name in gained:
+                server.renew()
+            elif name in served or name == _ONLY:
+                server.replace()
+            else:
+                self._servers.pop(name).close()
 
     async def close(self) -> None:
         """Close the connections."""
-        tasks = [s.recovery for s in self._servers.values() if s.recovery is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, *self._flushes, return_exceptions=True)
-        await self._client.aclose()
+        self._is_closed = True
+        tasks = [server.recovery for server in self._servers.values()] + [self._looking]
+        if self._looking is not None:
+            self._looking.cancel()
+        for server in self._servers.values():
+            server.close()
+        await asyncio.gather(*(task for task in tasks if task is not None), return_exceptions=True)
+        if isinstance(self._map, RedisCluster):
+            await self._map.nodes_manager.aclose()
+            await self._map.nodes_manager.aclose("startup_nodes")
 
 
 _ONLY = "redis"
-"""The name of the one server, or of a cluster that was not reached yet."""
+"""The name of the one server, or of any of a cluster."""
+
+
+class _Route(NamedTuple):
+    """The server that a command goes to; if `is_asking`, for once (ASK) and not for good."""
+
+    name: str
+    is_asking: bool = False
 
 
 def _server_of(cluster: RedisCluster, command: Command) -> str:
-    key = command[3] if command[0] == "EVAL" else command[1]
+    return _owner(cluster, command[3] if command[0] == "EVAL" else command[1])
+
+
+def _owner(cluster: RedisCluster, key: str) -> str:
     with contextlib.suppress(RedisError, RedisClusterException):
         if node := cluster.get_node_from_key(key):
             return str(node.name)
     return _ONLY
+
+
+def _owners(cluster: RedisCluster) -> list[str]:
+    """Return who serves each bucket, as far as is known."""
+    return [_owner(cluster, hash_tag(bucket)) for bucket in ALL_BUCKETS]
 
 
 def _buckets_of(nodes: bytes) -> Collection[int]:
