@@ -55,13 +55,17 @@ class Gate:
         if self._is_open:
             caller = self._ring.anybody
         else:
-            caller = await self._ring.recognise(
-                _key_of(scope), partial(_address_of, scope, self._proxy_hops)
+            key = _key_of(scope)
+            caller = self._ring.known(key) or await self._ring.recognise(
+                key, partial(_address_of, scope, self._proxy_hops)
             )
         if operation.scope not in caller.scopes:
             raise Forbidden
+        name, traffic = caller.name, operation.traffic
         scope["state"][_STATE] = caller
-        scope["state"]["ratelimit"] = await self._limits.take(caller.name, operation.traffic)
+        scope["state"]["ratelimit"] = self._limits.deal(name, traffic) or await self._limits.take(
+            name, traffic
+        )
 
 
 def make_guard(gate: Gate) -> Guard:

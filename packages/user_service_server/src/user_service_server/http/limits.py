@@ -43,23 +43,27 @@ return {used, left}
 _GIVE_BACK = "return redis.call('EXISTS', KEYS[1]) == 1 and redis.call('DECR', KEYS[1])"
 
 
+class Limit:
+    """How many requests of a class a caller may make in a window."""
+
+    def __init__(self, traffic: Traffic, number: int) -> None:
+        self.number = number
+        self.name = traffic.encode()
+        self.policy = (b"ratelimit-policy", b'"%b";q=%d;w=%d' % (self.name, number, WINDOW))
+
+
 class Quota(NamedTuple):
-    """What is left of a limit, as `RateLimit` and `RateLimit-Policy` tell it.
+    """What is left of a limit, and in how many seconds all of it is there again."""
 
-    The fields are those of draft-ietf-httpapi-ratelimit-headers.
-    """
-
-    name: str
-    limit: int
-    window: int
+    limit: Limit
     left: int
     resets_in: float
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """Return the two headers."""
-        policy = f'"{self.name}";q={self.limit};w={self.window}'
-        state = f'"{self.name}";r={max(0, self.left)};t={math.ceil(self.resets_in)}'
-        return [(b"ratelimit-policy", policy.encode()), (b"ratelimit", state.encode())]
+        """Return `RateLimit-Policy` and `RateLimit` of draft-ietf-httpapi-ratelimit-headers."""
+        limit, left = self.limit, max(0, self.left)
+        state = b'"%b";r=%d;t=%d' % (limit.name, left, math.ceil(self.resets_in))
+        return [limit.policy, (b"ratelimit", state)]
 
 
 @dataclass(slots=True)
@@ -113,12 +117,12 @@ class RateLimits:
 
     def __init__(self, settings: Settings, link: RedisLink, metrics: Metrics) -> None:
         self._link = link
-        self._limits: Mapping[Traffic, int] = {
-            Traffic.READ: settings.rate_limit_read,
-            Traffic.WRITE: settings.rate_limit_write,
-            Traffic.CREDENTIALS: settings.rate_limit_credentials,
+        self._limits = {
+            Traffic.READ: Limit(Traffic.READ, settings.rate_limit_read),
+            Traffic.WRITE: Limit(Traffic.WRITE, settings.rate_limit_write),
+            Traffic.CREDENTIALS: Limit(Traffic.CREDENTIALS, settings.rate_limit_credentials),
         }
-        self._refused = metrics.rate_limited
+        self._refusals = metrics.rate_limited
         self._uncounted = metrics.rate_limits_uncounted
         self._local = _Window()
         # By key: of callers that are known, so there are few.
@@ -126,6 +130,26 @@ class RateLimits:
         self._asked: dict[str, _Asked] = {}
         self._sharing: set[str] = set()
         self._flushes: set[asyncio.Task[None]] = set()
+
+    def deal(self, caller: str, traffic: Traffic) -> Quota | None:
+        """Count a request against what this process has taken; None where that is to be asked for.
+
+        Raises:
+            RateLimited
+        """
+        share = self._shares.get(f"{traffic}:{caller}")
+        if share is None:
+            return None
+        resets_in = share.ends - monotonic()
+        if resets_in <= 0:
+            return None
+        if share.mine:
+            share.mine -= 1
+            return Quota(self._limits[traffic], share.left + share.mine, resets_in)
+        if share.left:
+            return None
+        # Nothing is given back within a window, so that Redis need not be asked in vain.
+        raise self._refused(traffic, Quota(self._limits[traffic], -1, resets_in))
 
     async def take(self, caller: str, traffic: Traffic) -> Quota | None:
         """Count a request of a caller; None where there is no limit, or nobody could count.
@@ -136,41 +160,31 @@ class RateLimits:
             RateLimited
         """
         limit = self._limits[traffic]
-        if not limit:
+        if not limit.number:
             return None
+        quota = self.deal(caller, traffic)
+        if quota is not None:
+            return quota
         key = f"{traffic}:{caller}"
-        quota = self._deal(key, traffic, limit)
-        if quota is None:
-            counted = await self._count(key, WINDOW, limit)
-            if counted is None and traffic is Traffic.CREDENTIALS:
-                counted = self._local.take(key, WINDOW)
-            if counted is None:
-                return None
-            quota = Quota(traffic, limit, WINDOW, limit - counted.used, counted.resets_in)
+        counted = await self._count(key, WINDOW, limit.number)
+        if counted is None and traffic is Traffic.CREDENTIALS:
+            counted = self._local.take(key, WINDOW)
+        if counted is None:
+            return None
+        quota = Quota(limit, limit.number - counted.used, counted.resets_in)
         if quota.left < 0:
-            self._refused.labels(traffic).inc()
-            raise RateLimited(retry_after=quota.resets_in, quota=quota.headers())
+            raise self._refused(traffic, quota)
         return quota
 
-    def _deal(self, key: str, traffic: Traffic, limit: int) -> Quota | None:
-        """Take one of this process' share, or see that there can be none."""
-        share = self._shares.get(key)
-        if share is None:
-            return None
-        resets_in = share.ends - monotonic()
-        if resets_in <= 0:
-            return None
-        if share.mine:
-            share.mine -= 1
-            return Quota(traffic, limit, WINDOW, share.left + share.mine, resets_in)
-        # Nothing is given back within a window, so that Redis need not be asked in vain.
-        return None if share.left else Quota(traffic, limit, WINDOW, -1, resets_in)
+    def _refused(self, traffic: Traffic, quota: Quota) -> RateLimited:
+        self._refusals.labels(traffic).inc()
+        return RateLimited(retry_after=quota.resets_in, quota=quota.headers())
 
     async def take_strictly(self, key: str, limit: int, window: int) -> None:
         """Count something that must be bounded also without Redis; raises `RateLimited`."""
         counted = await self._count(key, window) or self._local.take(key, window)
         if counted.used > limit:
-            self._refused.labels(Traffic.CREDENTIALS).inc()
+            self._refusals.labels(Traffic.CREDENTIALS).inc()
             raise RateLimited(retry_after=counted.resets_in)
 
     async def give_back(self, key: str) -> None:

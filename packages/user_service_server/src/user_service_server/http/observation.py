@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable
 
 from litestar.enums import HttpMethod, ScopeType
 from litestar.types import (
@@ -48,9 +47,6 @@ class Observation:
         self._log = log
         self._body_timeout = body_timeout
         self._metrics = metrics
-        # Prometheus looks a child up by its labels each time; these are few.
-        self._counted: dict[tuple[str, str, int], Callable[[], None]] = {}
-        self._measured: dict[tuple[str, str], Callable[[float], None]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
@@ -60,7 +56,7 @@ class Observation:
         method = scope["method"]
         state = scope["state"]
         # Of a header that is there more than once the first counts.
-        state["headers"] = dict(reversed(list(scope["headers"])))
+        state["headers"] = dict(list(scope["headers"])[::-1])
         request_id = state["request_id"] = _request_id(scope)
         id_header = (b"x-request-id", request_id.encode())
         status = 0
@@ -92,16 +88,7 @@ class Observation:
         route = str(scope.get("path_template", "unmatched"))
         if method not in _METHODS:
             method = "other"
-        count = self._counted.get((method, route, status))
-        if count is None:
-            child = self._metrics.requests.labels(method, route, status)
-            count = self._counted[method, route, status] = child.inc
-        measure = self._measured.get((method, route))
-        if measure is None:
-            measure = self._metrics.duration.labels(method, route).observe
-            self._measured[method, route] = measure
-        count()
-        measure(seconds)
+        self._metrics.requests.note(method, route, status, seconds)
         self._log.note(
             request_id=scope["state"]["request_id"],
             method=method,

@@ -91,6 +91,13 @@ class KeyRing:
         """Begin to note which keys are used."""
         self._noting.start()
 
+    def known(self, key: str) -> Caller | None:
+        """Return whose key this is, if it was looked up so lately that nobody is to be asked."""
+        held = self._known.get(_digest(key))
+        if held is None or held.expired or monotonic() - held.looked_up_at >= RENEWED_AFTER:
+            return None
+        return self._use(held)
+
     async def recognise(self, key: str, address: Callable[[], str]) -> Caller:
         """Return whose key this is; `address` tells from where it is shown.
 
@@ -100,17 +107,20 @@ class KeyRing:
             DependencyUnavailable, Overloaded: it is not known here, and nobody can tell now.
         """
         match = _KEY.fullmatch(key)
-        known = None if match is None else await self._find(key, match, address)
-        if known is None:
+        held = None if match is None else await self._find(key, match, address)
+        if held is None:
             self._failures.inc()
             raise Unauthenticated
-        self._used[known.key_id] = datetime.now(UTC)
-        return known.caller
+        return self._use(held)
+
+    def _use(self, held: _Known) -> Caller:
+        self._used[held.key_id] = datetime.now(UTC)
+        return held.caller
 
     async def _find(
         self, key: str, match: re.Match[str], address: Callable[[], str]
     ) -> _Known | None:
-        digest = hashlib.sha256(key.encode()).hexdigest()
+        digest = _digest(key)
         held = self._known.get(digest)
         if held is None:
             return await self._meet(digest, match[1], match[2], address)
@@ -250,6 +260,10 @@ class KeyRing:
         await self._noting.stop()
         await asyncio.gather(*self._lookups.values(), return_exceptions=True)
         await self._note_used()
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
 
 
 def _network(address: str) -> str:
