@@ -48,6 +48,12 @@ async def main():
 
 if "impatient" in sys.argv:
     serving._IDLE_TIMEOUT_MS = 1000
+
+def refuse(*_):
+    raise PermissionError(1, "Operation not permitted")
+
+if "contained" in sys.argv:
+    os.sched_setscheduler = refuse
 urls = {"DATABASE_URL": "postgresql://h/d", "REDIS_URL": "redis://h"}
 settings = load_settings(dict(os.environ, **urls), None)
 draining = asyncio.Event()
@@ -98,10 +104,19 @@ def free_port() -> int:
 
 @asynccontextmanager
 async def served(
-    *arguments: str, grace: float = 0, finish: float = 10, port: int | None = None
+    *arguments: str,
+    grace: float = 0,
+    finish: float = 10,
+    port: int | None = None,
+    scheduling: str = "batch",
 ) -> AsyncIterator[Served]:
     port = port or free_port()
-    environ = {"PORT": port, "SHUTDOWN_GRACE": grace, "SHUTDOWN_TIMEOUT": finish}
+    environ = {
+        "PORT": port,
+        "SHUTDOWN_GRACE": grace,
+        "SHUTDOWN_TIMEOUT": finish,
+        "CPU_SCHEDULING": scheduling,
+    }
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", APP, *arguments),
         stdout=subprocess.PIPE,
@@ -239,3 +254,24 @@ async def test_headers_that_drip_are_cut_off_as_a_whole() -> None:
         assert not any(b" 200 " in one for one in received)
         reader, _ = await server.request("/")
         assert await body(reader) == b"ready"
+
+
+@pytest.mark.parametrize(
+    ("scheduling", "argument", "policy"),
+    [
+        ("batch", "-", "SCHED_BATCH"),
+        ("batch", "contained", "SCHED_OTHER"),
+        ("system", "-", "SCHED_OTHER"),
+    ],
+)
+@pytest.mark.anyio
+async def test_no_thread_interrupts_another_where_that_is_wished_and_allowed(
+    scheduling: str, argument: str, policy: str
+) -> None:
+    async with served(argument, scheduling=scheduling) as server:
+        await server.says("ready")
+        answer, _ = await server.request("/")
+        assert await body(answer) == b"ready"
+        threads = [int(name) for name in os.listdir(f"/proc/{server.process.pid}/task")]
+        assert len(threads) > 1, "Granian has threads of its own"
+        assert {os.sched_getscheduler(thread) for thread in threads} == {getattr(os, policy)}

@@ -115,6 +115,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     redis_timeout_ms: Annotated[
         int, Meta(ge=1, le=60000, description="milliseconds a request waits for Redis at most")
     ] = 100
+    cpu_scheduling: Annotated[
+        Literal["batch", "system"],
+        Meta(
+            description="batch: no thread interrupts another to answer (SCHED_BATCH of Linux);"
+            " system: as the system has it, for a core that is shared with busy others"
+        ),
+    ] = "batch"
     hash_concurrency: Annotated[
         int,
         Meta(
