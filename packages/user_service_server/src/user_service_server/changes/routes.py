@@ -7,10 +7,9 @@ from functools import partial
 
 from litestar import Router, get
 from litestar.params import FromQuery
-from litestar.response.base import ASGIResponse
 from user_service_schemas import Change, Changes, ErrorCode, Scope
 
-from ..http.answers import HTTPRequest, answer
+from ..http.answers import HTTPRequest, ReadyAnswer, answer
 from ..http.callers import caller_of
 from ..http.operations import operation
 from ..http.requests import PageLimit
@@ -57,7 +56,7 @@ def changes_router(
     )
     async def list_changes(
         after: FromQuery[str | None] = None, limit: PageLimit = 100
-    ) -> ASGIResponse:
+    ) -> ReadyAnswer:
         cursor = None if after is None else Cursor.parse(after)
         return answer(await feed.read(cursor, limit), "Changes listed")
 

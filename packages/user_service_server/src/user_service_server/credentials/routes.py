@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from litestar import Router, post, put
 from litestar.params import FromPath, JSONBody
-from litestar.response.base import ASGIResponse
 from user_service_schemas import ErrorCode, PasswordUpdate, Scope, VerifiedUser, VerifyCredentials
 
-from ..http.answers import HTTPRequest, answer
+from ..http.answers import HTTPRequest, ReadyAnswer, answer
 from ..http.idempotency import Idempotency
 from ..http.operations import Traffic, operation
 from ..http.requests import if_match, user_id_of
@@ -36,7 +35,7 @@ def credentials_router(credentials: Credentials, idempotency: Idempotency) -> Ro
     )
     async def set_password(
         request: HTTPRequest, user_id: FromPath[str], data: JSONBody[PasswordUpdate]
-    ) -> ASGIResponse:
+    ) -> ReadyAnswer:
         subject = user_id_of(user_id)
         return await idempotency.run(
             request,
@@ -61,7 +60,7 @@ def credentials_router(credentials: Credentials, idempotency: Idempotency) -> Ro
             traffic=Traffic.CREDENTIALS,
         ),
     )
-    async def verify_credentials(data: JSONBody[VerifyCredentials]) -> ASGIResponse:
+    async def verify_credentials(data: JSONBody[VerifyCredentials]) -> ReadyAnswer:
         user_id = await credentials.verify(data)
         return answer(VerifiedUser(user_id=user_id), "Credentials verified")
 

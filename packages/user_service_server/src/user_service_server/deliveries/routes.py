@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from litestar import Router, post
 from litestar.params import JSONBody
-from litestar.response.base import ASGIResponse
 from user_service_schemas import Decision, ResolveDeliveries, Scope
 
-from ..http.answers import answer
+from ..http.answers import ReadyAnswer, answer
 from ..http.bodies import MAX_BATCH_BODY
 from ..http.operations import operation
 from .service import Deliveries
@@ -36,7 +35,7 @@ def deliveries_router(deliveries: Deliveries) -> Router:
             scope=Scope.USERS_READ,
         ),
     )
-    async def resolve_deliveries(data: JSONBody[ResolveDeliveries]) -> ASGIResponse:
+    async def resolve_deliveries(data: JSONBody[ResolveDeliveries]) -> ReadyAnswer:
         return answer(await deliveries.resolve(data), "Deliveries resolved")
 
     return Router("/deliveries", route_handlers=[resolve_deliveries])

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from litestar import Router, delete, get, patch, post
 from litestar.params import FromPath, JSONBody
-from litestar.response.base import ASGIResponse
 from user_service_schemas import DeviceDetails, DeviceUpdate, ErrorCode, RegisterDevice, Scope
 
-from ..http.answers import HTTPRequest, answer
+from ..http.answers import HTTPRequest, ReadyAnswer, answer
 from ..http.idempotency import Idempotency
 from ..http.operations import operation
 from ..http.requests import device_id_of, if_match, user_id_of
@@ -31,7 +30,7 @@ def devices_router(devices: Devices, documents: Documents, idempotency: Idempote
             scope=Scope.USERS_READ,
         ),
     )
-    async def list_devices(user_id: FromPath[str]) -> ASGIResponse:
+    async def list_devices(user_id: FromPath[str]) -> ReadyAnswer:
         found, version = await devices.list(user_id_of(user_id))
         return answer(found, "Devices listed", headers=[("ETag", documents.etag(version))])
 
@@ -52,8 +51,8 @@ def devices_router(devices: Devices, documents: Documents, idempotency: Idempote
     )
     async def register_device(
         request: HTTPRequest, user_id: FromPath[str], data: JSONBody[RegisterDevice]
-    ) -> ASGIResponse:
-        def render(registration: Registration) -> ASGIResponse:
+    ) -> ReadyAnswer:
+        def render(registration: Registration) -> ReadyAnswer:
             device, version, is_new = registration
             return answer(
                 device,
@@ -88,8 +87,8 @@ def devices_router(devices: Devices, documents: Documents, idempotency: Idempote
         user_id: FromPath[str],
         device_id: FromPath[str],
         data: JSONBody[DeviceUpdate],
-    ) -> ASGIResponse:
-        def render(result: tuple[DeviceDetails, int]) -> ASGIResponse:
+    ) -> ReadyAnswer:
+        def render(result: tuple[DeviceDetails, int]) -> ReadyAnswer:
             device, version = result
             return answer(device, "Device updated", headers=[("ETag", documents.etag(version))])
 
@@ -114,8 +113,8 @@ def devices_router(devices: Devices, documents: Documents, idempotency: Idempote
     )
     async def delete_device(
         request: HTTPRequest, user_id: FromPath[str], device_id: FromPath[str]
-    ) -> ASGIResponse:
-        def render(version: int) -> ASGIResponse:
+    ) -> ReadyAnswer:
+        def render(version: int) -> ReadyAnswer:
             return answer(None, "Device deleted", headers=[("ETag", documents.etag(version))])
 
         subject, device = user_id_of(user_id), device_id_of(device_id)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from litestar import Router, delete, post
 from litestar.params import FromPath, JSONBody
-from litestar.response.base import ASGIResponse
 from user_service_schemas import ErrorCode, FeedbackResult, ReportFeedback, Scope
 
-from ..http.answers import HTTPRequest, answer
+from ..http.answers import HTTPRequest, ReadyAnswer, answer
 from ..http.bodies import MAX_FEEDBACK_BODY
 from ..http.callers import caller_of
 from ..http.idempotency import Idempotency
@@ -54,7 +53,7 @@ def feedback_router(feedback: Feedback, documents: Documents, idempotency: Idemp
             scope=Scope.FEEDBACK_WRITE,
         ),
     )
-    async def report_feedback(request: HTTPRequest, data: JSONBody[ReportFeedback]) -> ASGIResponse:
+    async def report_feedback(request: HTTPRequest, data: JSONBody[ReportFeedback]) -> ReadyAnswer:
         return await idempotency.run(
             request,
             lambda results: answer(results, "Feedback taken"),
@@ -74,8 +73,8 @@ def feedback_router(feedback: Feedback, documents: Documents, idempotency: Idemp
             scope=Scope.USERS_WRITE,
         ),
     )
-    async def restore_address(request: HTTPRequest, user_id: FromPath[str]) -> ASGIResponse:
-        def render(version: int) -> ASGIResponse:
+    async def restore_address(request: HTTPRequest, user_id: FromPath[str]) -> ReadyAnswer:
+        def render(version: int) -> ReadyAnswer:
             return answer(None, "Address restored", headers=[("ETag", documents.etag(version))])
 
         subject = user_id_of(user_id)

@@ -10,7 +10,7 @@ from litestar.response.base import ASGIResponse
 from user_service_schemas import Dependency, Error, ErrorCode, Health, Probe
 
 from ..errors import ServiceError
-from ..http.answers import HTTPRequest, answer
+from ..http.answers import HTTPRequest, ReadyAnswer, answer
 from ..http.operations import operation
 from ..metrics import CONTENT_TYPE, Metrics
 from ..storage.database import Database
@@ -46,7 +46,7 @@ def health_router(
             {200: Health, 503: Health},
         ),
     )
-    async def get_health(request: HTTPRequest) -> ASGIResponse:
+    async def get_health(request: HTTPRequest) -> ReadyAnswer:
         began = time.perf_counter()
         _, redis_is_up = await asyncio.gather(state.look(), link.ping())
         redis_latency = time.perf_counter() - began if redis_is_up else None
@@ -72,7 +72,7 @@ def health_router(
         )
 
     @get("/health/live", **operation("get_liveness", "Whether the process runs", Probe))
-    async def get_liveness() -> ASGIResponse:
+    async def get_liveness() -> ReadyAnswer:
         return answer(Probe(status="alive"), "The process runs")
 
     @get(
@@ -84,7 +84,7 @@ def health_router(
             description="Without Postgres it does: cached reads must not vanish with it.",
         ),
     )
-    async def get_readiness() -> ASGIResponse:
+    async def get_readiness() -> ReadyAnswer:
         if draining.is_set():
             raise NotReady
         return answer(Probe(status="ready"), "The service takes requests")

@@ -9,7 +9,6 @@ import msgspec
 from litestar import Request, Response
 from litestar.datastructures import State
 from litestar.datastructures.headers import Accept
-from litestar.response.base import ASGIResponse
 from litestar.types import Receive, Scope, Send
 from user_service_schemas import Envelope, Error, Problem
 
@@ -30,26 +29,10 @@ _JSON = (b"content-type", JSON.encode())
 _encode = msgspec.json.Encoder().encode
 
 
-def answer(
-    data: object,
-    message: str,
-    *,
-    status: int = 200,
-    headers: Sequence[Header] = (),
-    cache: Header = NO_STORE,
-    error: Error | None = None,
-) -> ASGIResponse:
-    """Answer with `data` in the envelope. `msgspec.Raw` is put in as it is."""
-    envelope = Envelope(success=error is None, data=data, message=message, error=error)
-    return ASGIResponse(
-        body=_encode(envelope), status_code=status, media_type=JSON, headers=[cache, *headers]
-    )
-
-
 class ReadyAnswer:
     """An answer whose bytes are there: an ASGI application, as Litestar's responses are.
 
-    Without what those do for headers that may be set twice, in any case, and as text: 15 µs.
+    Without what those do for headers that may be set twice, in any case, and as text: 15 to 25 µs.
     """
 
     __slots__ = ("body", "headers", "status")
@@ -65,14 +48,36 @@ class ReadyAnswer:
         await send({"type": "http.response.body", "body": self.body, "more_body": False})
 
 
+def answer(
+    data: object,
+    message: str,
+    *,
+    status: int = 200,
+    headers: Sequence[Header] = (),
+    cache: Header = NO_STORE,
+    error: Error | None = None,
+) -> ReadyAnswer:
+    """Answer with `data` in the envelope. `msgspec.Raw` is put in as it is."""
+    envelope = Envelope(success=error is None, data=data, message=message, error=error)
+    return json_answer(status, _encode(envelope), cache, *headers)
+
+
+def json_answer(status: int, body: bytes, *headers: Header) -> ReadyAnswer:
+    """Answer with JSON that is encoded already."""
+    encoded = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers]
+    return ReadyAnswer(status, [*encoded, _JSON, _length(body)], body)
+
+
 def document_answer(held: str | None, document: StoredDocument, etag: str) -> ReadyAnswer:
     """Answer with an encoded document, without decoding it; or 304 if `held` names it."""
     if is_held(held, etag):
         return not_modified(etag)
     body = b'{"success":true,"data":%b,"message":"User retrieved","error":null}' % document.body
-    length = b"%d" % len(body)
-    headers = [_PRIVATE, (b"etag", etag.encode()), _JSON, (b"content-length", length)]
-    return ReadyAnswer(200, headers, body)
+    return ReadyAnswer(200, [_PRIVATE, (b"etag", etag.encode()), _JSON, _length(body)], body)
+
+
+def _length(body: bytes) -> tuple[bytes, bytes]:
+    return (b"content-length", b"%d" % len(body))
 
 
 def is_held(held: str | None, etag: str) -> bool:
@@ -87,7 +92,7 @@ def not_modified(etag: str) -> ReadyAnswer:
 
 def documents_answer(
     field: str, documents: Sequence[bytes], rest: bytes, message: str, tag: str
-) -> ASGIResponse:
+) -> ReadyAnswer:
     """Answer with many encoded documents as the list `field`, followed by `rest`.
 
     `tag` is what the entity tag of each begins with: whoever keeps one can ask for it again.

@@ -12,7 +12,6 @@ import re
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from litestar.response.base import ASGIResponse
 from user_service_schemas import FieldError
 
 from ..errors import IdempotencyKeyReused, Invalid, ServiceError
@@ -21,7 +20,7 @@ from ..settings import Settings
 from ..storage import recorded_answers
 from ..storage.database import Database
 from ..storage.recorded_answers import AlreadyAnswered, AnswerKey, RecordedAnswer, Recorder
-from .answers import JSON, NO_STORE, HTTPRequest
+from .answers import NO_STORE, HTTPRequest, ReadyAnswer, json_answer
 from .callers import caller_of
 
 T = TypeVar("T")
@@ -29,7 +28,7 @@ T = TypeVar("T")
 PRUNED_AT_ONCE = 1000
 HEADER = "Idempotency-Key"
 _KEY = re.compile(r"[\x21-\x7e]([\x20-\x7e]{0,253}[\x21-\x7e])?")
-_KEPT_HEADERS = ("etag", "location")
+_KEPT_HEADERS = (b"etag", b"location")
 
 
 class Idempotency:
@@ -45,11 +44,11 @@ class Idempotency:
     async def run(
         self,
         request: HTTPRequest,
-        render: Callable[[T], ASGIResponse],
+        render: Callable[[T], ReadyAnswer],
         work: Callable[[Recorder], Awaitable[T]],
         *,
         is_costly: bool = False,
-    ) -> ASGIResponse:
+    ) -> ReadyAnswer:
         """Do the work and render its result, unless that was done before under the same key.
 
         The write itself looks whether it was; what is costly before it, as the hash of a password,
@@ -94,25 +93,24 @@ class Idempotency:
         async with self._database.reading() as connection:
             return await recorded_answers.prune(connection, PRUNED_AT_ONCE)
 
-    def _replay(self, answer: RecordedAnswer, digests: list[bytes]) -> ASGIResponse:
+    def _replay(self, answer: RecordedAnswer, digests: list[bytes]) -> ReadyAnswer:
         if not any(hmac.compare_digest(answer.digest, digest) for digest in digests):
             raise IdempotencyKeyReused
         self._replayed.inc()
-        return ASGIResponse(
-            body=answer.body,
-            status_code=answer.status,
-            media_type=JSON,
-            headers=[NO_STORE, *answer.headers, ("Idempotency-Replayed", "true")],
-        )
+        replayed = ("Idempotency-Replayed", "true")
+        return json_answer(answer.status, answer.body, NO_STORE, *answer.headers, replayed)
 
 
-def _recorded(digest: bytes, response: ASGIResponse) -> RecordedAnswer:
-    headers = response.headers.items()
+def _recorded(digest: bytes, response: ReadyAnswer) -> RecordedAnswer:
     return RecordedAnswer(
         digest=digest,
-        status=response.status_code,
-        headers=[(name, value) for name, value in headers if name.lower() in _KEPT_HEADERS],
-        body=bytes(response.body),
+        status=response.status,
+        headers=[
+            (name.decode(), value.decode("latin-1"))
+            for name, value in response.headers
+            if name in _KEPT_HEADERS
+        ],
+        body=response.body,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from litestar import Router, get, route
 from litestar.params import FromPath, FromQuery, JSONBody
-from litestar.response.base import ASGIResponse
 from litestar.types import ASGIApp
 from user_service_schemas import (
     ErrorCode,
@@ -15,7 +14,7 @@ from user_service_schemas import (
     Scope,
 )
 
-from ..http.answers import PRIVATE, HTTPRequest, answer, is_held, not_modified
+from ..http.answers import PRIVATE, HTTPRequest, ReadyAnswer, answer, is_held, not_modified
 from ..http.idempotency import Idempotency
 from ..http.operations import operation
 from ..http.requests import (
@@ -81,8 +80,8 @@ def preferences_router(
     )
     async def update_preferences(
         request: HTTPRequest, user_id: FromPath[str], data: JSONBody[PreferencesUpdate]
-    ) -> ASGIResponse:
-        def render(result: tuple[Preferences, int]) -> ASGIResponse:
+    ) -> ReadyAnswer:
+        def render(result: tuple[Preferences, int]) -> ReadyAnswer:
             updated, version = result
             return answer(
                 updated, "Preferences updated", headers=[("ETag", documents.etag(version))]
@@ -110,7 +109,7 @@ def preferences_router(
         user_id: FromPath[str],
         limit: Limit = 50,
         cursor: FromQuery[str | None] = None,
-    ) -> ASGIResponse:
+    ) -> ReadyAnswer:
         position = decode_cursor("history", cursor, "[0-9]{1,18}")
         found = await preferences.history(
             user_id_of(user_id), None if position is None else int(position), limit + 1

@@ -8,7 +8,6 @@ import msgspec
 from litestar import Router, delete, get, post, route
 from litestar.enums import HttpMethod, ScopeType
 from litestar.params import FromPath, FromQuery, JSONBody
-from litestar.response.base import ASGIResponse
 from litestar.types import ASGIApp, HTTPScope, Receive, Send
 from litestar.types import Scope as ASGIScope
 from user_service_schemas import (
@@ -124,8 +123,8 @@ def users_router(users: Users, documents: Documents, idempotency: Idempotency) -
             scope=Scope.USERS_WRITE,
         ),
     )
-    async def create_user(request: HTTPRequest, data: JSONBody[CreateUser]) -> ASGIResponse:
-        def render(user: User) -> ASGIResponse:
+    async def create_user(request: HTTPRequest, data: JSONBody[CreateUser]) -> ReadyAnswer:
+        def render(user: User) -> ReadyAnswer:
             headers = [
                 ("Location", f"/api/v1/users/{user.id}"),
                 ("ETag", documents.etag(user.version)),
@@ -150,7 +149,7 @@ def users_router(users: Users, documents: Documents, idempotency: Idempotency) -
             scope=Scope.USERS_LIST,
         ),
     )
-    async def list_users(limit: Limit = 50, cursor: FromQuery[str | None] = None) -> ASGIResponse:
+    async def list_users(limit: Limit = 50, cursor: FromQuery[str | None] = None) -> ReadyAnswer:
         position = decode_cursor("users", cursor, UUID_PATTERN)
         found = await users.list_after(position, limit + 1)
         more = len(found) > limit
@@ -171,7 +170,7 @@ def users_router(users: Users, documents: Documents, idempotency: Idempotency) -
             scope=Scope.USERS_READ,
         ),
     )
-    async def lookup_users(data: JSONBody[LookupUsers]) -> ASGIResponse:
+    async def lookup_users(data: JSONBody[LookupUsers]) -> ReadyAnswer:
         return answer(FoundUsers(users=tuple(await users.lookup(data))), "Users looked up")
 
     @post(
@@ -186,7 +185,7 @@ def users_router(users: Users, documents: Documents, idempotency: Idempotency) -
             scope=Scope.USERS_READ,
         ),
     )
-    async def batch_users(data: JSONBody[BatchUsers]) -> ASGIResponse:
+    async def batch_users(data: JSONBody[BatchUsers]) -> ReadyAnswer:
         ids = list(dict.fromkeys(user_id.lower() for user_id in data.ids))
         found = await users.get_many(ids)
         missing = msgspec.json.encode([user_id for user_id in ids if user_id not in found])
@@ -214,8 +213,8 @@ def users_router(users: Users, documents: Documents, idempotency: Idempotency) -
     )
     async def update_user(
         request: HTTPRequest, user_id: FromPath[str], data: JSONBody[UserUpdate]
-    ) -> ASGIResponse:
-        def render(user: User) -> ASGIResponse:
+    ) -> ReadyAnswer:
+        def render(user: User) -> ReadyAnswer:
             return answer(user, "User updated", headers=[("ETag", documents.etag(user.version))])
 
         subject = user_id_of(user_id)
@@ -238,7 +237,7 @@ def users_router(users: Users, documents: Documents, idempotency: Idempotency) -
             scope=Scope.USERS_WRITE,
         ),
     )
-    async def delete_user(request: HTTPRequest, user_id: FromPath[str]) -> ASGIResponse:
+    async def delete_user(request: HTTPRequest, user_id: FromPath[str]) -> ReadyAnswer:
         subject = user_id_of(user_id)
         return await idempotency.run(
             request,
