@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import asyncpg
 import msgspec
-from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy import delete, func, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from user_service_schemas import (
     Choices,
@@ -16,6 +17,7 @@ from user_service_schemas import (
 )
 
 from ..storage import revisions
+from ..storage.database import Direct
 from ..storage.revisions import Effects
 from ..storage.tables import preference_history, preferences, users
 
@@ -42,24 +44,42 @@ def say(
     choices: Choices, changes: tuple[PreferenceChange, ...], consent: Consent | None
 ) -> Effects:
     """Return what is written when a user says `choices`, with the entry of the history."""
-    return Effects(
-        _SAY,
-        {
-            **msgspec.structs.asdict(choices),
-            "categories": _to_json(choices.categories),
-            "source": consent and consent.source,
-            "policy_version": consent and consent.policy_version,
-            "changes": _to_json(changes),
-        },
-    )
+    return Effects(_SAY, _said(choices, changes, consent))
+
+
+def _said(
+    choices: Choices, changes: tuple[PreferenceChange, ...], consent: Consent | None
+) -> dict[str, Any]:
+    return {
+        **msgspec.structs.asdict(choices),
+        "categories": _to_json(choices.categories),
+        "source": consent and consent.source,
+        "policy_version": consent and consent.policy_version,
+        "changes": _to_json(changes),
+    }
 
 
 def _to_json(value: object) -> str:
     return msgspec.json.encode(value).decode()
 
 
+_BEGIN = Direct(
+    text("""
+    WITH said AS (
+        INSERT INTO preferences (user_id, email, push, quiet_hours_start, quiet_hours_end,
+            timezone, muted_until, categories)
+        VALUES (CAST(:user_id AS uuid), :email, :push, :quiet_hours_start, :quiet_hours_end,
+            :timezone, :muted_until, CAST(:categories AS jsonb))
+    )
+    INSERT INTO preference_history (user_id, version, at, actor, source, policy_version, changes)
+    VALUES (CAST(:user_id AS uuid), 1, clock_timestamp(), :actor, :source, :policy_version,
+        CAST(:changes AS jsonb))
+""")
+)
+
+
 async def insert_choices(
-    connection: AsyncConnection,
+    connection: asyncpg.Connection,
     user_id: str,
     choices: Choices,
     *,
@@ -67,11 +87,8 @@ async def insert_choices(
     actor: str | None,
 ) -> None:
     """Insert a new user's preferences, and begin the history with them."""
-    await connection.execute(
-        insert(preferences).values(user_id=user_id, **msgspec.structs.asdict(choices))
-    )
-    changes = preference_changes(None, choices)
-    await append_history(connection, user_id, 1, changes, consent=consent, actor=actor)
+    said = _said(choices, preference_changes(None, choices), consent)
+    await _BEGIN.fetch(connection, {"user_id": user_id, "actor": actor, **said})
 
 
 async def read_choices(connection: AsyncConnection, user_id: str) -> Choices:

@@ -16,7 +16,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.sql.expression import ClauseElement
 
-from ..errors import DependencyUnavailable, Overloaded
+from ..errors import DependencyUnavailable, Overloaded, ServiceError
 from ..settings import Settings, database_engine_arguments
 
 TRANSACTION_TIMEOUT = 8.0
@@ -88,7 +88,10 @@ _DIALECT = dialect()  # type: ignore[no-untyped-call]
 
 
 async def driver(connection: AsyncConnection) -> asyncpg.Connection:
-    """Return asyncpg's own connection under one of SQLAlchemy, in its transaction if one began."""
+    """Return asyncpg's own connection under one of SQLAlchemy, in its transaction.
+
+    A transaction begins with the first statement that goes through SQLAlchemy, and no sooner.
+    """
     return (await connection.get_raw_connection()).driver_connection
 
 
@@ -102,7 +105,7 @@ async def checked_out(engine: AsyncEngine) -> AsyncIterator[asyncpg.Connection]:
         raise error.__cause__ or error from error
     try:
         yield pooled.driver_connection
-    except asyncpg.PostgresError:
+    except (asyncpg.PostgresError, ServiceError):
         raise
     except BaseException:
         # Whatever is still on its way must not be the next one's answer.

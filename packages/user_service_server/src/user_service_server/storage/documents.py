@@ -396,42 +396,51 @@ class Documents:
             return None
         key = recorder.key
         asked = {"id": user_id, "caller": key and key.caller, "key": key and key.key, **beside}
-        async with self._database.direct() as connection:
-            base = await revisions.read(connection, self.shape, reading, asked)
-        if base is None or (
-            if_match and not if_match.name_version(self.epoch, base.document.version)
-        ):
-            return None
-        revision = decide(base)
-        # From here on not to be cancelled: nobody would publish what was committed.
-        if revision is None or not await self._to_the_end(self._carry_out(revision, recorder)):
-            return None
-        return revision.result
 
-    async def _carry_out(self, revision: Revision[Any], recorder: Recorder) -> bool:
-        """Announce a revision, write it and publish it; False if nothing came of it."""
-        user, announcement = revision.user, Announcement()
-        await self.cache.announce([user.id], announcement)
-        (said,) = announcement.buckets.values()
-        outcomes: dict[str, Outcome] = {}
+        def decide_if_it_matches(base: Base) -> Revision[T] | None:
+            version = base.document.version
+            if if_match and not if_match.name_version(self.epoch, version):
+                return None
+            return decide(base)
+
+        revising = self._revise(recorder, reading, asked, decide_if_it_matches)
+        # Not to be cancelled: nobody would publish what was committed.
+        return await self._to_the_end(revising)
+
+    async def _revise(
+        self,
+        recorder: Recorder,
+        reading: Direct,
+        asked: Mapping[str, Any],
+        decide: Callable[[Base], Revision[T] | None],
+    ) -> T | None:
+        """Read, decide, announce, write and publish."""
+        announcement, outcomes = Announcement(), dict[str, Outcome]()
         try:
-            if said.complete:
-                async with self._database.direct() as connection:
-                    if await revisions.write(connection, revision, recorder, said.generation):
-                        document = Document(user).stored()
-                        outcomes[user.id] = Outcome(user.version, document)
+            async with self._database.direct() as connection:
+                base = await revisions.read(connection, self.shape, reading, asked)
+                revision = decide(base) if base is not None else None
+                if revision is None:
+                    return None
+                user = revision.user
+                await self.cache.announce([user.id], announcement)
+                (said,) = announcement.buckets.values()
+                if said.complete and await revisions.write(
+                    connection, revision, recorder, said.generation
+                ):
+                    outcomes[user.id] = Outcome(user.version, Document(user).stored())
         except DependencyUnavailable:
-            # As after a commit whose outcome is unknown: it may have been one.
-            self.leave_behind_soon(announcement.generations)
-            self.wrote([user.id])
+            if announcement.keys:
+                # As after a commit whose outcome is unknown: it may have been one.
+                self.leave_behind_soon(announcement.generations)
+                self.wrote(announcement.keys)
             raise
         except Exception:
             await self.cache.publish(announcement, {})
             raise
-        if outcomes:
-            self.wrote([user.id])
+        self.wrote(outcomes)
         await self.publish(announcement, outcomes, is_change=bool(outcomes))
-        return bool(outcomes)
+        return revision.result if outcomes else None
 
     async def publish(
         self, announcement: Announcement, outcomes: Mapping[str, Outcome], *, is_change: bool

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import ColumnElement, exists, func, not_, select, update
+import asyncpg
+from sqlalchemy import (
+    ColumnElement,
+    LargeBinary,
+    bindparam,
+    exists,
+    func,
+    literal,
+    not_,
+    select,
+    update,
+)
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from ..storage.database import Direct
 from ..storage.tables import suppressed_addresses, users
 
 
@@ -24,10 +37,12 @@ def external_id_name(external_id: str) -> bytes:
 
 def is_deliverable(email_key: str) -> ColumnElement[bool]:
     """Whether mail to an address may be tried; stays true while its name is locked."""
+    return _is_deliverable(literal(email_name(email_key)))
+
+
+def _is_deliverable(name: ColumnElement[bytes]) -> ColumnElement[bool]:
     suppressed = suppressed_addresses.c
-    return not_(
-        exists().where(suppressed.digest == email_name(email_key), suppressed.lifted_at.is_(None))
-    )
+    return not_(exists().where(suppressed.digest == name, suppressed.lifted_at.is_(None)))
 
 
 def by_email(email_key: str) -> ColumnElement[bool]:
@@ -50,26 +65,29 @@ def after(user_id: str) -> ColumnElement[bool]:
     return users.c.id > user_id
 
 
-async def insert_user(connection: AsyncConnection, user_id: str, values: dict[str, Any]) -> bool:
-    """Insert a user at version 1; False if the email or the external id is another's.
-
-    A plain insert that fails would leave `Key (email)=(…)` in Postgres' log.
-    """
-    now = func.now()
-    inserted = await connection.execute(
-        insert(users)
-        .values(
-            id=user_id,
-            version=1,
-            created_at=now,
-            updated_at=now,
-            email_deliverable=is_deliverable(values["email_key"]),
-            **values,
-        )
-        .on_conflict_do_nothing()
-        .returning(users.c.id)
+_PERSONAL = ("external_id", "name", "email", "email_key", "phone", "locale", "password_hash")
+# A plain insert that fails would leave `Key (email)=(…)` in Postgres' log.
+_INSERT = Direct(
+    insert(users)
+    .values(
+        id=bindparam("id"),
+        version=1,
+        created_at=func.now(),
+        updated_at=func.now(),
+        email_deliverable=_is_deliverable(bindparam("email_name", type_=LargeBinary)),
+        **{column: bindparam(column) for column in _PERSONAL},
     )
-    return inserted.first() is not None
+    .on_conflict_do_nothing()
+    .returning(users.c.id)
+)
+
+
+async def insert_user(
+    connection: asyncpg.Connection, user_id: str, values: Mapping[str, Any]
+) -> bool:
+    """Insert a user at version 1; False if the email or the external id is another's."""
+    named = {"id": user_id, "email_name": email_name(values["email_key"]), **values}
+    return bool(await _INSERT.fetch(connection, named))
 
 
 async def is_taken(connection: AsyncConnection, by: ColumnElement[bool], user_id: str) -> bool:
@@ -85,9 +103,8 @@ async def update_user(connection: AsyncConnection, user_id: str, values: dict[st
 
 async def erase_user(connection: AsyncConnection, user_id: str) -> None:
     """Leave of a locked user only that the id existed."""
-    personal = ("external_id", "name", "email", "email_key", "phone", "locale", "password_hash")
     await connection.execute(
         update(users)
         .where(users.c.id == user_id)
-        .values(deleted_at=func.clock_timestamp(), **dict.fromkeys(personal))
+        .values(deleted_at=func.clock_timestamp(), **dict.fromkeys(_PERSONAL))
     )

@@ -25,6 +25,7 @@ from ..errors import EmailTaken, ExternalIdTaken, Invalid
 from ..preferences import repository as preferences
 from ..settings import Settings
 from ..storage import recorded_answers
+from ..storage.database import driver
 from ..storage.document import EntityTags, StoredDocument
 from ..storage.documents import Documents, Write
 from ..storage.recorded_answers import Recorder
@@ -60,11 +61,13 @@ class Users:
         async with self._documents.write(user_id, recorder) as write:
             await write.announce(user_id)
             await write.lock_names(*_names(values))
-            while not await repository.insert_user(write.connection, user_id, values):
+            # With these locks the transaction has begun.
+            connection = await driver(write.connection)
+            while not await repository.insert_user(connection, user_id, values):
                 # Whoever had it may have given it up in between: then it is free now.
                 await _refuse_taken(write, user_id, values)
             await preferences.insert_choices(
-                write.connection,
+                connection,
                 user_id,
                 choices,
                 consent=request.preferences.consent or None,
