@@ -144,7 +144,9 @@ def _mix(headers: dict[str, str]) -> Iterator[Request]:
                 method, path = "POST", "/api/v1/deliveries/resolve"
                 body = {"channel": "push", "user_ids": ids, "category": "marketing"}
             case "preferences":
-                method, path = "PATCH", f"{user}/preferences"
+                # Few people, so that most of it changes something: others have said otherwise.
+                hot = documents.user_id(chance.randrange(documents.WARM // 5))
+                method, path = "PATCH", f"/api/v1/users/{hot}/preferences"
                 body = {"quiet_hours_start": f"2{chance.randrange(4)}:{chance.randrange(60):02}"}
             case "devices":
                 method, path = "POST", f"{user}/devices"

@@ -98,6 +98,27 @@ async def test_a_change_of_one_user_takes_two_statements(http: httpx.AsyncClient
     assert kinds == [READ, WRITE] * 3
 
 
+async def test_what_would_change_nothing_takes_one_statement(
+    http: httpx.AsyncClient, database_url: str
+) -> None:
+    """With a key it takes more: the answer is kept."""
+    user, key = await someone(http), str(uuid4())
+    first = await prefer(http, user, push=False)
+    with counted() as statements:
+        again = await prefer(http, user, push=False)
+    assert [READ in statement for statement in statements] == [True]
+    assert (again.status_code, again.json(), again.headers["ETag"]) == (
+        200,
+        first.json(),
+        first.headers["ETag"],
+    )
+    assert (await prefer(http, user, push=False, key=key)).json() == first.json()
+    assert (await prefer(http, user, push=True)).headers["ETag"] != first.headers["ETag"]
+    replayed = await prefer(http, user, push=False, key=key)
+    assert (replayed.json(), replayed.headers["Idempotency-Replayed"]) == (first.json(), "true")
+    assert len(await changes_of(database_url, user)) == 3
+
+
 async def test_what_is_changed_between_the_statements_is_kept(
     http: httpx.AsyncClient, database_url: str
 ) -> None:

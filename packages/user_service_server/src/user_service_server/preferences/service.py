@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 from user_service_schemas import (
     ChangeKind,
     Preferences,
@@ -17,8 +19,10 @@ from ..storage.database import Database
 from ..storage.document import EntityTags
 from ..storage.documents import Documents
 from ..storage.recorded_answers import Recorder
-from ..storage.revisions import Base, Revision
+from ..storage.revisions import Base, Revision, Settled
 from . import repository
+
+_Decision: TypeAlias = Revision[tuple[Preferences, int]] | Settled[tuple[Preferences, int]]
 
 
 class PreferenceCenter:
@@ -47,11 +51,12 @@ class PreferenceCenter:
         """
         consent = request.consent or None
 
-        def decide(base: Base) -> Revision[tuple[Preferences, int]] | None:
+        def decide(base: Base) -> _Decision | None:
             after = merge_preferences(base.choices, request, self._catalogue)
             changes = preference_changes(base.choices, after)
             if not changes:
-                return None
+                document = base.document
+                return None if consent else Settled((document.user.preferences, document.version))
             user = base.changed(preferences=self._documents.shape.preferences(after))
             return Revision(
                 user,

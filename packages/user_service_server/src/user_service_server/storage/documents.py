@@ -35,7 +35,7 @@ from .document import (
 )
 from .recorded_answers import Recorder
 from .replica import FILL_WITHIN, Replica
-from .revisions import Base, Revision
+from .revisions import Base, Revision, Settled
 from .state import StateWatcher
 from .tables import cache_generations, users
 
@@ -382,7 +382,7 @@ class Documents:
         if_match: EntityTags | None,
         recorder: Recorder,
         reading: Direct,
-        decide: Callable[[Base], Revision[T] | None],
+        decide: Callable[[Base], Revision[T] | Settled[T] | None],
         **beside: Any,
     ) -> T | None:
         """Change one user in two statements; None if nothing came of it, and `write` has to.
@@ -397,7 +397,7 @@ class Documents:
         key = recorder.key
         asked = {"id": user_id, "caller": key and key.caller, "key": key and key.key, **beside}
 
-        def decide_if_it_matches(base: Base) -> Revision[T] | None:
+        def decide_if_it_matches(base: Base) -> Revision[T] | Settled[T] | None:
             version = base.document.version
             if if_match and not if_match.name_version(self.epoch, version):
                 return None
@@ -412,7 +412,7 @@ class Documents:
         recorder: Recorder,
         reading: Direct,
         asked: Mapping[str, Any],
-        decide: Callable[[Base], Revision[T] | None],
+        decide: Callable[[Base], Revision[T] | Settled[T] | None],
     ) -> T | None:
         """Read, decide, announce, write and publish."""
         announcement, outcomes = Announcement(), dict[str, Outcome]()
@@ -420,6 +420,9 @@ class Documents:
             async with self._database.direct() as connection:
                 base = await revisions.read(connection, self.shape, reading, asked)
                 revision = decide(base) if base is not None else None
+                if isinstance(revision, Settled):
+                    # With a key there is an answer to record, and so something to write.
+                    return None if recorder.key else revision.result
                 if revision is None:
                     return None
                 user = revision.user

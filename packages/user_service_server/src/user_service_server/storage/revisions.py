@@ -93,6 +93,12 @@ class Revision(NamedTuple, Generic[T]):
     names: tuple[bytes, ...] = ()
 
 
+class Settled(NamedTuple, Generic[T]):
+    """The result of what would change nothing: it is so already, and need not be written."""
+
+    result: T
+
+
 def reading(*beside: ColumnElement[Any]) -> Direct:
     """Return the statement that reads a user to revise, and `beside`."""
     return read_beside(
