@@ -38,8 +38,9 @@ RECIPIENTS = 20
 WINDOW = 10.0
 """Seconds of one point of the plot."""
 CAPACITY_SECONDS = 20.0
-_REQUESTS = 20_000
-"""So many different ones, which are sent at random."""
+_REQUESTS = 100_000
+"""So many different ones, which are sent at random; of fewer, some would get more devices than a
+user may have."""
 _RESULTS = Path(__file__).with_name("results")
 
 
