@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 
 import pytest
 
@@ -256,6 +257,12 @@ async def test_headers_that_drip_are_cut_off_as_a_whole() -> None:
         assert await body(reader) == b"ready"
 
 
+def policies_of(process: int) -> list[int]:
+    """Of each of its threads."""
+    threads = Path(f"/proc/{process}/task").iterdir()
+    return [os.sched_getscheduler(int(thread.name)) for thread in threads]
+
+
 @pytest.mark.parametrize(
     ("scheduling", "argument", "policy"),
     [
@@ -272,6 +279,6 @@ async def test_no_thread_interrupts_another_where_that_is_wished_and_allowed(
         await server.says("ready")
         answer, _ = await server.request("/")
         assert await body(answer) == b"ready"
-        threads = [int(name) for name in os.listdir(f"/proc/{server.process.pid}/task")]
-        assert len(threads) > 1, "Granian has threads of its own"
-        assert {os.sched_getscheduler(thread) for thread in threads} == {getattr(os, policy)}
+        policies = policies_of(server.process.pid)
+        assert len(policies) > 1, "Granian has threads of its own"
+        assert set(policies) == {getattr(os, policy)}
