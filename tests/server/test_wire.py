@@ -620,18 +620,30 @@ async def test_a_redis_has_its_time_after_the_event_loop_was_busy(
 @bounded_in_time
 async def test_what_has_come_counts_when_all_extensions_are_used_up(redis: ScriptedRedis) -> None:
     loop = asyncio.get_running_loop()
+    go_on = asyncio.Event()
 
-    def answer(connection: Connection, words: Words, times: int = 0) -> None:
+    def hold_up(times: int) -> None:
         if times < EXTENSIONS:
-            loop.call_later(1.6 * TIMEOUT, answer, connection, words, times + 1)
+            loop.call_later(1.6 * TIMEOUT, hold_up, times + 1)
+            time.sleep(1.5 * TIMEOUT)
         else:
-            connection.say_at_once(encoded(words[1]))
-        time.sleep(1.5 * TIMEOUT)
+            go_on.set()
+
+    def answer(connection: Connection, words: Words) -> None:
+        if words[1] == b"late":
+            hold_up(0)
+        else:
+            # By a socket and not by a timer: after a socket uvloop looks at its timers at once.
+            connection.say_at_once(encoded(b"late") + encoded(words[1]))
+            time.sleep(1.5 * TIMEOUT)
 
     async with linked(redis, IMPATIENT) as link:
         redis.answer = answer
         with told() as names:
-            assert await say(link, b"late") == [b"late"]
+            late = asyncio.ensure_future(say(link, b"late"))
+            await go_on.wait()
+            assert await say(link, b"another") == [b"another"]
+            assert await late == [b"late"]
         assert names == []
 
 
