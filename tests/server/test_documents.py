@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,7 +16,7 @@ from sqlalchemy import Engine, event
 from sqlalchemy.util import await_only
 from user_service_server.metrics import Metrics
 from user_service_server.settings import Settings
-from user_service_server.storage.buckets import bucket_of
+from user_service_server.storage.buckets import BUCKETS, bucket_of
 from user_service_server.storage.cache import (
     BYPASS,
     LEASE_TTL_MS,
@@ -29,7 +29,7 @@ from user_service_server.storage.cache import (
 )
 from user_service_server.storage.document import StoredDocument
 from user_service_server.storage.link import RedisLink
-from user_service_server.storage.state import StateWatcher
+from user_service_server.storage.state import Generation, SharedState, StateWatcher
 
 from ..engines import settings_for
 from .statements import around_direct
@@ -643,6 +643,10 @@ class State:
 
     def is_quiet(self, _bucket: int) -> bool:
         return self.quiet
+
+    @property
+    def namespaces(self) -> Sequence[str]:
+        return SharedState(self.epoch, (Generation(1),) * BUCKETS).namespaces
 
 
 @pytest.fixture

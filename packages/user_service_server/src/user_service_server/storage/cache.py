@@ -22,7 +22,7 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 from ..metrics import Metrics
-from .buckets import bucket_of, hash_tag
+from .buckets import bucket_of
 from .document import StoredDocument
 from .link import RedisLink
 from .state import StateWatcher
@@ -210,7 +210,8 @@ class DocumentCache:
 
         Not each by `get`: a thousand futures cost as much as all the rest.
         """
-        keys = [self._key(user_id) for user_id in ids]
+        namespaces = self._state.namespaces
+        keys = [namespaces[bucket_of(user_id)] + user_id for user_id in ids]
         answers: list[StoredDocument | Absence] = []
         for start in range(0, len(keys), MGET_LIMIT):
             some = keys[start : start + MGET_LIMIT]
@@ -300,9 +301,7 @@ class DocumentCache:
         return {bucket_of(user_id) for user_id, reply in answered if not isinstance(reply, bytes)}
 
     def _key(self, user_id: str) -> str:
-        bucket, state = bucket_of(user_id), self._state
-        generation = state.generation(bucket)
-        return f"user-service:{state.epoch}:{hash_tag(bucket)}:{generation}:{user_id}"
+        return self._state.namespaces[bucket_of(user_id)] + user_id
 
     def _encode(self, document: StoredDocument) -> bytes:
         return b"D%d %b\n%b" % (document.version, self._format, document.body)

@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import structlog
@@ -20,7 +21,7 @@ from ..logs import describe
 from ..metrics import Metrics
 from ..periodic import Periodic
 from ..settings import Settings
-from .buckets import BUCKETS
+from .buckets import BUCKETS, hash_tag
 from .database import Database, connected, create_engine, translated
 from .tables import REVISION, cache_generations, service_state
 
@@ -120,13 +121,21 @@ class Generation(NamedTuple):
     quiet_until: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SharedState:
     """What was read at the last look, with each bucket's generation."""
 
     epoch: str = ""
     generations: tuple[Generation, ...] = (Generation(),) * BUCKETS
     revision: str | None = None
+
+    @cached_property
+    def namespaces(self) -> tuple[str, ...]:
+        """What the keys of each bucket's documents begin with; to put it together is costly."""
+        return tuple(
+            f"user-service:{self.epoch}:{hash_tag(bucket)}:{generation.number}:"
+            for bucket, generation in enumerate(self.generations)
+        )
 
     @property
     def schema_is_known(self) -> bool:
@@ -159,6 +168,11 @@ class StateWatcher:
     def generation(self, bucket: int) -> int:
         """Return the generation under which a bucket's documents are cached."""
         return self._current.generations[bucket].number
+
+    @property
+    def namespaces(self) -> Sequence[str]:
+        """What the keys of each bucket's documents begin with: `user-service:…:<generation>:`."""
+        return self._current.namespaces
 
     def is_quiet(self, bucket: int) -> bool:
         """Whether nothing of a bucket may be filled, since its generation was raised just now."""
