@@ -71,6 +71,7 @@ class _Server:
         self._next_look = 0.0
         self._first_look: asyncio.Future[None] | None = None
         self._is_told = False
+        self._is_outdated = False
         self._is_closed = False
         self.renew()
 
@@ -93,6 +94,7 @@ class _Server:
     def renew(self) -> None:
         """Make another wire, since somebody else may answer, and use this one no more."""
         self._take(None)
+        self._is_outdated = True
         if self.recovery is None:
             self._first_look = asyncio.get_running_loop().create_future()
             self._begin_recovery()
@@ -109,8 +111,7 @@ class _Server:
             return
         self._tell(error)
         self.wire = None
-        if self.recovery is None:
-            self._begin_recovery()
+        self.replace()
 
     def _begin_recovery(self) -> None:
         if not self._is_closed:
@@ -125,8 +126,12 @@ class _Server:
             # Also one that is lost as soon as it is found is looked for no more often.
             await asyncio.sleep(max(0.0, self._next_look - time.monotonic()))
             self._next_look = time.monotonic() + PROBE_INTERVAL
+            self._is_outdated = False
             try:
                 made = await self._made()
+                if self._is_outdated:  # who answered may have been greeted before it mattered
+                    made.close()
+                    made = None
             except _FAILURES as error:
                 self._tell(error)
             except Exception as error:  # noqa: BLE001 - nobody else would ever ask Redis again
@@ -397,16 +402,21 @@ class RedisLink:
             self._looking = asyncio.create_task(self._look(cluster, failed), context=Context())
 
     async def _look(self, cluster: RedisCluster, failed: str | None) -> None:
-        while True:
+        while not self._is_closed:
             await asyncio.sleep(max(0.0, self._next_look - time.monotonic()))
             self._next_look = time.monotonic() + LOOK_INTERVAL
             before = _owners(cluster)
             with contextlib.suppress(*_FAILURES):
                 async with asyncio.timeout(self._patience):
                     await cluster.nodes_manager.initialize(last_failed_node_name=failed)
-                break
-        served = {str(node.name) for node in cluster.get_primaries()}
-        gained = {name for name, was in zip(_owners(cluster), before, strict=True) if name != was}
+                self._look_again(cluster, before)
+                return
+
+    def _look_again(self, cluster: RedisCluster, before: Sequence[str]) -> None:
+        """Look who answers at each address, now that it is known who serves which buckets."""
+        owners = _owners(cluster)
+        gained = {name for name, was in zip(owners, before, strict=True) if name != was}
+        served = set(self._names())
         for name, server in tuple(self._servers.items()):
             if name in gained:
                 server.renew()
