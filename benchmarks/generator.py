@@ -155,7 +155,8 @@ class _Generator:
     def __init__(self, requests: list[Request], *, at_random: bool, rate: float | None) -> None:
         self._chosen = self._choose(requests, at_random=at_random)
         self._rate = rate
-        self._idle: list[_Connection] = []
+        # Asked in turn: the service ends a connection that is idle for 75 s.
+        self._idle: deque[_Connection] = deque()
         self._waiting: deque[_Due] = deque()
         self._ended = False
         self._window = Window()
@@ -202,7 +203,7 @@ class _Generator:
                 await asyncio.sleep(early)
             one = _Due(due, next(self._chosen))
             if self._idle:
-                self._idle.pop().send(one)
+                self._idle.popleft().send(one)
             else:
                 self._waiting.append(one)
 
