@@ -27,7 +27,7 @@ from benchmarks import (
 )
 from benchmarks.budgets import Budget
 from benchmarks.load import generator_used
-from benchmarks.report import as_json, as_table, machine
+from benchmarks.report import as_json, as_plot, as_table, machine
 from benchmarks.surroundings import RAISED, Surroundings
 
 RESULTS = Path(__file__).with_name("results") / "latest.json"
@@ -56,7 +56,9 @@ def main() -> int:
     """Run the benchmarks that are named, or all; returns 1 if a budget is not met."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="name", help=", ".join(BENCHMARKS))
-    parser.add_argument("--json", type=Path, default=RESULTS, help="where the results go")
+    parser.add_argument(
+        "--json", type=Path, default=RESULTS, help="where the results go, and beside it their plot"
+    )
     arguments = parser.parse_args()
     names: list[str] = arguments.names or list(BENCHMARKS)
     if unknown := set(names) - set(BENCHMARKS):
@@ -77,6 +79,7 @@ def main() -> int:
     print(as_table(budgets))
     arguments.json.parent.mkdir(exist_ok=True)
     arguments.json.write_text(as_json(budgets, began, (load[0], os.getloadavg()[0])))
+    arguments.json.with_suffix(".svg").write_text(as_plot(budgets, began))
     return not all(budget.met for budget in budgets)
 
 

@@ -1,4 +1,4 @@
-"""Owns how figures over time are drawn: panels of lines below each other, as SVG."""
+"""Owns how figures are drawn as SVG: over time as lines in panels, or of their bounds as bars."""
 
 from __future__ import annotations
 
@@ -20,6 +20,32 @@ class Panel:
     title: str
     lines: Mapping[str, Sequence[float]]
     log: bool = False
+
+
+def bars(title: str, shares: Mapping[str, float]) -> str:
+    """Return bars below each other as an SVG document: what is spent of each budget, 1 is all."""
+    row, names, most = 18, 430, max(2.0, *shares.values())
+    width, height = names + _WIDTH // 2 + 60, _TOP + row * len(shares) + _BELOW
+    unit = _WIDTH / 2 / most
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}">',
+        '<g font-family="sans-serif">',
+        '<rect width="100%" height="100%" fill="white"/>',
+        _text(10, 18, title, size=14),
+    ]
+    for number, (name, share) in enumerate(shares.items()):
+        top, length = _TOP + number * row, share * unit
+        color = _COLORS[2] if share <= 1 else _COLORS[1]
+        parts += [
+            _text(names - 8, top + 12, name, anchor="end"),
+            f'<rect x="{names}" y="{top + 2}" width="{length:.1f}" height="13" fill="{color}"/>',
+            _text(names + length + 5, top + 12, f"{share:.2f}"),
+        ]
+    parts.append(
+        f'<line x1="{names + unit:.1f}" x2="{names + unit:.1f}" y1="{_TOP}"'
+        f' y2="{_TOP + row * len(shares)}" stroke="#333333" stroke-dasharray="4 3"/>'
+    )
+    return "\n".join([*parts, "</g></svg>"]) + "\n"
 
 
 def svg(title: str, times: Sequence[float], panels: Sequence[Panel]) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+from benchmarks import plot
 from benchmarks.budgets import Budget, Goal
 
 
@@ -74,6 +75,17 @@ def as_json(budgets: Sequence[Budget], began: datetime, load: tuple[float, float
         "budgets": entries,
     }
     return json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+
+
+def as_plot(budgets: Sequence[Budget], began: datetime) -> str:
+    """Return how much of each goal is spent, as SVG."""
+    shares = {
+        f"{budget.number} {budget.name}: {goal.name}": goal.used
+        for budget in budgets
+        for goal in budget.goals
+    }
+    when = began.isoformat(sep=" ", timespec="minutes")
+    return plot.bars(f"Of each budget is spent (1: all of it): {when}, {machine()}", shares)
 
 
 def _entry(name: str, goal: Goal) -> dict[str, object]:
