@@ -51,4 +51,4 @@ def test_requests_of_this_run_are_noted() -> None:
     """Words and short numbers are not: they are in logs for other reasons."""
     httpx.Request("POST", "http://test", json={"devices": [{"token": "noted-Token-1"}]})
     assert "noted-Token-1" in PRIVATE.values
-    assert not any(map(is_telling, ("password", "12345678", "Short-1")))
+    assert not any(map(is_telling, ("password", "12345678", "Short-1", "Connection")))

@@ -174,7 +174,7 @@ def same(replies: list[Any], expected: Sequence[Any]) -> bool:
     return shown[0] == shown[1]
 
 
-@examples(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@examples(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(CALLS, PIECES)
 async def test_each_call_gets_its_own_replies_however_they_come(
     calls: list[tuple[list[Any] | tuple[str, ...], int, int | None]], sizes: list[int]
@@ -461,7 +461,7 @@ async def test_garbage_costs_all_who_wait_and_no_later_call(
         assert await say(link, b"after") == [b"after"]
 
 
-@examples(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@examples(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.binary(min_size=1, max_size=60)
     | st.text("+-:$*_,#!=(~%>0123\r\n", min_size=1).map(str.encode)
