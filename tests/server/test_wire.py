@@ -281,6 +281,21 @@ async def test_strings_are_those_of_their_keys(redis: ScriptedRedis) -> None:
         assert await link.strings(["none"]) == [None]
 
 
+async def test_many_strings_are_asked_for_by_commands_of_a_thousand(redis: ScriptedRedis) -> None:
+    def some(connection: Connection, words: Words) -> None:
+        refusal = ResponseError("ERR not these")
+        connection.say(encoded(refusal if words[1] == b"1000" else list(words[1:])))
+
+    async with linked(redis) as link:
+        redis.answer = some
+        found = await link.strings([str(number) for number in range(2500)])
+        assert [len(words) - 1 for words in redis.asked] == [1000, 1000, 500]
+        assert all(is_refusal(reply, "ERR not these") for reply in found[1000:2000])
+        read = [*range(1000), *range(2000, 2500)]
+        assert found[:1000] + found[2000:] == [str(number).encode() for number in read]
+        assert await link.strings([]) == []
+
+
 async def test_strings_that_are_refused_are_so_for_each_key(redis: ScriptedRedis) -> None:
     async with linked(redis) as link:
         redis.answer = lambda connection, _words: connection.say(b"-OOM no memory\r\n")

@@ -30,7 +30,6 @@ from .state import StateWatcher
 MARKER_TTL_MS = 10_000
 """How long a marker lives: longer than a transaction may (`database.TRANSACTION_TIMEOUT`)."""
 LEASE_TTL_MS = 3_000
-MGET_LIMIT = 1000
 
 
 class Absence(Enum):
@@ -212,10 +211,7 @@ class DocumentCache:
         """
         namespaces = self._state.namespaces
         keys = [namespaces[bucket_of(user_id)] + user_id for user_id in ids]
-        answers: list[StoredDocument | Absence] = []
-        for start in range(0, len(keys), MGET_LIMIT):
-            some = keys[start : start + MGET_LIMIT]
-            answers += map(self._parse, await self._link.strings(some))
+        answers = list(map(self._parse, await self._link.strings(keys)))
         bypasses, misses = answers.count(BYPASS), answers.count(MISS)
         self._bypasses.inc(bypasses)
         self._hits.inc(len(answers) - bypasses - misses)

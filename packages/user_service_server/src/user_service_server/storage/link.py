@@ -291,12 +291,11 @@ class RedisLink:
             by_server[route.name].append(number)
 
         async def ask(name: str, numbers: list[int]) -> None:
-            asked = [
-                command
-                for number in numbers
-                for command in (_ASKING, commands[number])
-                if command is not _ASKING or routes[number].is_asking
-            ]
+            asked: list[Command] = []
+            for number in numbers:
+                if routes[number].is_asking:
+                    asked.append(_ASKING)
+                asked.append(commands[number])
             answered = await self._server(name).call(asked)
             kept = [r for command, r in zip(asked, answered, strict=True) if command is not _ASKING]
             for number, reply in zip(numbers, kept, strict=True):

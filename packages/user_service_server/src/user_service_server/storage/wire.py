@@ -20,6 +20,8 @@ import hiredis
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import BusyLoadingError, ReadOnlyError, RedisError, ResponseError
 
+MGET_LIMIT = 1000
+"""Strings of one command: of more, others would wait too long in the meantime."""
 LATE = 0.02
 """Seconds after which a timer of the event loop has come late."""
 EXTENSIONS = 2
@@ -49,8 +51,8 @@ class _Call:
     asked: float
     worked: float
     """What the thread had worked when it was `asked`."""
-    of_strings: int | None
-    """Of how many strings its one reply consists, if that is what it asks for."""
+    strings: Sequence[int]
+    """Of how many strings each of its replies consists, if that is what it asks for."""
     replies: list[Any] = field(default_factory=list)
     extensions: int = 0
     turns: int = 0
@@ -58,9 +60,12 @@ class _Call:
     def end(self, replies: list[Any]) -> None:
         if self.future.done():
             return
-        if self.of_strings is not None:
-            (found,) = replies
-            replies = found if isinstance(found, list) else [found] * self.of_strings
+        if self.strings:
+            replies = [
+                string
+                for found, number in zip(replies, self.strings, strict=True)
+                for string in (found if isinstance(found, list) else [found] * number)
+            ]
         self.future.set_result(replies)
 
 
@@ -102,18 +107,19 @@ class Wire(asyncio.Protocol):
         return self._call(commands)
 
     def strings(self, keys: Sequence[str]) -> asyncio.Future[list[Any]]:
-        """Return the strings under `keys`, by one command; None, or as `call`, for what is none."""
-        return self._call([("MGET", *keys)], of_strings=len(keys))
+        """Return the strings under `keys`; None, or as `call`, for what is none."""
+        some = [keys[at : at + MGET_LIMIT] for at in range(0, len(keys), MGET_LIMIT)]
+        return self._call([("MGET", *each) for each in some], [len(each) for each in some])
 
     def _call(
-        self, commands: Sequence[Command], of_strings: int | None = None
+        self, commands: Sequence[Command], strings: Sequence[int] = ()
     ) -> asyncio.Future[list[Any]]:
         call = _Call(
             self._loop.create_future(),
             len(commands),
             self._loop.time(),
             time.thread_time(),
-            of_strings,
+            strings,
         )
         if self._is_closed or not commands:
             call.end([UNREACHABLE] * len(commands))
