@@ -59,6 +59,7 @@ async def test_a_process_is_there_when_it_is_needed_and_lets_others_go_first(
     await hashers.make(PASSWORD)
     (process,) = processes()
     assert process.nice() == psutil.Process().nice() + 10
+    assert os.sched_getscheduler(process.pid) != os.SCHED_IDLE, "they have their turn in the end"
     await hashers.close()
     assert processes() == []
 

@@ -6,7 +6,6 @@ answered with a line: the hash, or whether the password is the hash's.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -17,7 +16,10 @@ from argon2.exceptions import InvalidHashError, VerificationError
 
 YES, NO = "yes", "no"
 _NICENESS = 10
-"""The event loop, and whoever else answers, goes first. Idle cores hash as fast as ever."""
+"""The event loop, and whoever else answers, goes first. Idle cores hash as fast as ever.
+
+No less than this: with SCHED_IDLE a hash takes seconds where others keep all cores busy.
+"""
 
 
 def _respond(hasher: PasswordHasher, password: str, password_hash: str | None) -> str:
@@ -38,10 +40,6 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     os.nice(_NICENESS)
-    # Nor shall those who answer wait until a slice of time has ended: beside registrations a read
-    # took 2.7 ms on one core (p50), and takes 1.1. Not all systems know it, nor allow it.
-    with contextlib.suppress(AttributeError, OSError):
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     time_cost, memory_cost = map(int, sys.argv[1:])
     hasher = PasswordHasher(time_cost=time_cost, memory_cost=memory_cost, parallelism=1)
     for line in sys.stdin.buffer:
