@@ -27,11 +27,12 @@ from user_service_server.storage.cache import (
     Outcome,
     Said,
 )
-from user_service_server.storage.document import StoredDocument
+from user_service_server.storage.document import DocumentShape, StoredDocument
 from user_service_server.storage.link import RedisLink
 from user_service_server.storage.state import Generation, SharedState, StateWatcher
 
 from ..engines import settings_for
+from ..system.subscribers import connected, insert_users
 from .statements import around_direct
 from .test_users import assert_failed, changes_of, fetch, register
 
@@ -360,6 +361,20 @@ async def test_a_miss_is_one_statement_and_fills_the_cache(
         assert await user.kind() == "version 1"
         assert await fetch(http, user.id) == user.document
     assert len(statements) == 1
+
+
+async def test_the_plan_of_a_miss_is_made_once(database_url: str, settings: Settings) -> None:
+    """Postgres makes five to learn what one costs, whatever happens after."""
+    async with connected(database_url) as sql:
+        await insert_users(sql, 1000)
+        await sql.execute("ANALYZE users, preferences, devices")
+        for asked in (1, 2, 500, 3, 1, 1, 7, 1, 1):
+            await DocumentShape(settings).read_by_id(sql, [str(uuid4()) for _ in range(asked)])
+        plans = await sql.fetchrow(
+            "SELECT custom_plans, generic_plans FROM pg_prepared_statements"
+            " WHERE statement LIKE 'SELECT users.id%JOIN preferences%'"
+        )
+    assert (plans["custom_plans"], plans["generic_plans"]) == (5, 4)
 
 
 async def test_those_who_miss_a_document_at_once_share_one_statement(
