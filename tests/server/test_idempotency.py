@@ -471,18 +471,24 @@ async def test_upkeep_clears_away_records(
 
 
 class CommitProxy:
-    """Stands between a server and Postgres, and calls out around the commit of a recorded answer.
+    """Stands between a server and Postgres, and calls out around a write that records its answer.
+
+    That is one statement, which is parsed first, and bound and run by the next message.
 
     Args:
         directory: where its socket is made.
         target: the socket of Postgres.
-        on_commit: called with `before` when the commit was asked for and not passed on, and with
-            `after` when Postgres has done it and the server was not told.
+        key: of whose write.
+        on_commit: called with `before` when the write was asked for and not passed on, and with
+            `after` when Postgres has committed it and the server was not told.
     """
 
-    def __init__(self, directory: Path, target: Path, on_commit: Callable[[str], bool]) -> None:
+    def __init__(
+        self, directory: Path, target: Path, key: str, on_commit: Callable[[str], bool]
+    ) -> None:
         self._path = directory / ".s.PGSQL.5432"
         self._target = target
+        self._key = key.encode()
         self._on_commit = on_commit
         self._connections: list[asyncio.Task[None]] = []
 
@@ -511,16 +517,16 @@ class CommitProxy:
         async def forth() -> None:
             nonlocal records, commits
             while chunk := await reader.read(65536):
-                records = records or b"INSERT INTO recorded_answers" in chunk
-                if records and b"COMMIT" in chunk:
+                if records and self._key in chunk:
                     commits = True
                     if self._on_commit("before"):
                         return
+                records = records or b"INSERT INTO recorded_answers" in chunk
                 to_postgres.write(chunk)
 
         async def back() -> None:
             while chunk := await from_postgres.read(65536):
-                if commits and b"COMMIT\0" in chunk and self._on_commit("after"):
+                if commits and b"SELECT 1\0" in chunk and self._on_commit("after"):
                     return
                 writer.write(chunk)
 
@@ -562,7 +568,7 @@ async def test_server_killed_around_the_commit(
             }
         )
         body, headers = person(), keyed()
-        async with CommitProxy(directory, target, on_commit):
+        async with CommitProxy(directory, target, headers["Idempotency-Key"], on_commit):
             await asyncio.to_thread(server.start)
             try:
                 async with httpx.AsyncClient(base_url=server.url, timeout=15) as http:

@@ -21,8 +21,27 @@ from ..storage.database import Direct
 from ..storage.revisions import Effects
 from ..storage.tables import preference_history, preferences, users
 
+_NOTED = """
+    noted AS (
+        INSERT INTO preference_history
+            (user_id, version, at, actor, source, policy_version, changes)
+        SELECT id, version, clock_timestamp(), :actor, :source, :policy_version,
+            CAST(:changes AS jsonb)
+        FROM raised
+    )
+"""
+BEGINNING = f"""
+    , said AS (
+        INSERT INTO preferences (user_id, email, push, quiet_hours_start, quiet_hours_end,
+            timezone, muted_until, categories)
+        SELECT id, :email, :push, :quiet_hours_start, :quiet_hours_end, :timezone, :muted_until,
+            CAST(:categories AS jsonb)
+        FROM raised
+    ), {_NOTED}
+"""  # noqa: S608 - of constants
+"""What a registration does to these tables, with the parameters of `said_first`."""
 READ = revisions.reading()
-_SAY = revisions.writing("""
+_SAY = revisions.writing(f"""
     , said AS (
         UPDATE preferences
         SET email = :email, push = :push, quiet_hours_start = :quiet_hours_start,
@@ -30,14 +49,8 @@ _SAY = revisions.writing("""
             categories = CAST(:categories AS jsonb)
         FROM raised
         WHERE preferences.user_id = raised.id
-    ), noted AS (
-        INSERT INTO preference_history
-            (user_id, version, at, actor, source, policy_version, changes)
-        SELECT id, version, clock_timestamp(), :actor, :source, :policy_version,
-            CAST(:changes AS jsonb)
-        FROM raised
-    )
-""")
+    ), {_NOTED}
+""")  # noqa: S608
 
 
 def say(
@@ -45,6 +58,11 @@ def say(
 ) -> Effects:
     """Return what is written when a user says `choices`, with the entry of the history."""
     return Effects(_SAY, _said(choices, changes, consent))
+
+
+def said_first(choices: Choices, consent: Consent | None) -> dict[str, Any]:
+    """Return the parameters of what a new user says."""
+    return _said(choices, preference_changes(None, choices), consent)
 
 
 def _said(
@@ -87,7 +105,7 @@ async def insert_choices(
     actor: str | None,
 ) -> None:
     """Insert a new user's preferences, and begin the history with them."""
-    said = _said(choices, preference_changes(None, choices), consent)
+    said = said_first(choices, consent)
     await _BEGIN.fetch(connection, {"user_id": user_id, "actor": actor, **said})
 
 

@@ -24,7 +24,15 @@ from ..errors import (
 )
 from . import recorded_answers, revisions
 from .cache import MISS, Announcement, DocumentCache, Outcome
-from .database import TRANSACTION_TIMEOUT, Database, Direct, driver, lock_key, translated
+from .database import (
+    TRANSACTION_TIMEOUT,
+    Database,
+    Direct,
+    Fields,
+    driver,
+    lock_key,
+    translated,
+)
 from .document import (
     Document,
     DocumentShape,
@@ -394,8 +402,7 @@ class Documents:
         """
         if not self._database.limits_statements:
             return None
-        key = recorder.key
-        asked = {"id": user_id, "caller": key and key.caller, "key": key and key.key, **beside}
+        asked = {"id": user_id, **_keyed(recorder), **beside}
 
         def decide_if_it_matches(base: Base) -> Revision[T] | Settled[T] | None:
             version = base.document.version
@@ -444,6 +451,57 @@ class Documents:
         self.wrote(outcomes)
         await self.publish(announcement, outcomes, is_change=bool(outcomes))
         return revision.result if outcomes else None
+
+    async def enter(
+        self,
+        user_id: str,
+        recorder: Recorder,
+        looking: Direct,
+        decide: Callable[[Fields], Revision[T]],
+        **beside: Any,
+    ) -> T | None:
+        """Register a user in two statements; None if nothing came of it, and `write` has to.
+
+        `decide` is given what `looking` reads, with the parameters `beside`.
+
+        Raises:
+            Overloaded, DependencyUnavailable: as `write` does.
+        """
+        if not self._database.limits_statements:
+            return None
+        asked = {**_keyed(recorder), **beside}
+        entering = self._enter(user_id, recorder, looking, decide, asked)
+        return await self._to_the_end(entering)
+
+    async def _enter(
+        self,
+        user_id: str,
+        recorder: Recorder,
+        looking: Direct,
+        decide: Callable[[Fields], Revision[T]],
+        asked: Mapping[str, Any],
+    ) -> T | None:
+        """Announce, look, decide, write and publish.
+
+        Where the cache cannot be told nothing is to be made good: nobody had what nobody knew of.
+        """
+        announcement, outcomes = Announcement(), dict[str, Outcome]()
+        announcing = self._in_background(self.cache.announce([user_id], announcement))
+        revision: Revision[T] | None = None
+        try:
+            async with self._database.direct() as connection:
+                row = await revisions.look(connection, looking, asked)
+                await announcing
+                if row is not None:
+                    revision = decide(row)
+                    if await revisions.write(connection, revision, recorder):
+                        user = revision.user
+                        outcomes[user_id] = Outcome(user.version, Document(user).stored())
+        finally:
+            await announcing
+            self.wrote([user_id])
+            await self.cache.publish(announcement, outcomes)
+        return revision.result if revision and outcomes else None
 
     async def publish(
         self, announcement: Announcement, outcomes: Mapping[str, Outcome], *, is_change: bool
@@ -595,3 +653,9 @@ class Documents:
     async def close(self) -> None:
         """Wait for the ends of writes, and for what is being filled."""
         await asyncio.gather(*self._background, return_exceptions=True)
+
+
+def _keyed(recorder: Recorder) -> dict[str, str | None]:
+    """Return the parameters by which `revisions` sees whether a key has an answer."""
+    key = recorder.key
+    return {"caller": key and key.caller, "key": key and key.key}

@@ -1,12 +1,12 @@
-"""A change of one user in two statements: one reads, and one writes if nothing has changed since.
+"""A write of one user in two statements: one reads, and one writes if nothing has changed since.
 
 The general shape of a write (`documents.Write`) locks before it reads, and so waits for Postgres
-up to thirteen times. But most writes change one user at whom nobody else is. What is read without a
-lock is decided on; then one statement locks the user, looks whether it still has the version that
-was read, and writes all that belongs to the change, or nothing. So the change is made to what it
-was decided on, and its document is known without another read. Whatever is out of the ordinary (a
-version that has risen, a key that has an answer, a name that another has locked, a cache that
-could not be told) is left to the general shape.
+up to thirteen times. But most writes change one user at whom nobody else is, or register one. What
+is read without a lock is decided on; then one statement locks the user, looks whether it still has
+the version that was read, and writes all that belongs to the change, or nothing. So the change is
+made to what it was decided on, and its document is known without another read. Whatever is out of
+the ordinary (a version that has risen, a key that has an answer, a name that another has or has
+locked, a cache that could not be told) is left to the general shape.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import asyncpg
 from msgspec.structs import replace
-from sqlalchemy import ColumnElement, bindparam, func, text
+from sqlalchemy import ColumnElement, bindparam, func, select, text
 from user_service_schemas import ChangeKind, Choices, User
 
 from .buckets import bucket_of
@@ -34,36 +34,42 @@ T = TypeVar("T")
 # `taken` and `kept` meet its row then. Without `taken` nothing is done; what is taken and not kept
 # is taken back by the division.
 _WRITE = """
-    WITH locked AS MATERIALIZED (
-        SELECT id
-        FROM users
-        WHERE id = CAST(:id AS uuid) AND version = :version AND deleted_at IS NULL
-            AND :generation = (
-                SELECT generation FROM cache_generations WHERE bucket = :bucket
-            )
-            AND (
-                SELECT coalesce(bool_and(pg_try_advisory_xact_lock(name)), true)
-                FROM unnest(CAST(:names AS bigint[])) AS name
-            )
-        FOR NO KEY UPDATE
-    ), taken AS ({taking}), kept AS ({keeping}), raised AS (
-        UPDATE users
-        SET version = users.version + 1, updated_at = :at
-        FROM taken
-        WHERE users.id = taken.id AND (CAST(:key AS text) IS NULL OR EXISTS (SELECT FROM kept))
-        RETURNING users.id, users.version
-    ), logged AS (
+    WITH locked AS MATERIALIZED ({locking}),
+    taken AS ({taking}), kept AS ({keeping}), raised AS ({raising}),
+    logged AS (
         INSERT INTO changes (user_id, version, kind, at, actor)
         SELECT id, version, :kind, clock_timestamp(), :actor FROM raised
     )
     {effects}
     SELECT 1 / (SELECT count(*) FROM raised) FROM taken
 """
+_ARE_FREE = """(
+    SELECT coalesce(bool_and(pg_try_advisory_xact_lock(name)), true)
+    FROM unnest(CAST(:names AS bigint[])) AS name
+)"""
+_LOCK_THE_USER = f"""
+    SELECT id
+    FROM users
+    WHERE id = CAST(:id AS uuid) AND version = :version AND deleted_at IS NULL
+        AND :generation = (SELECT generation FROM cache_generations WHERE bucket = :bucket)
+        AND {_ARE_FREE}
+    FOR NO KEY UPDATE
+"""  # noqa: S608 - of constants
+_LOCK_NO_USER = f"SELECT CAST(:id AS uuid) AS id WHERE {_ARE_FREE}"
+_IS_TAKEN_AND_KEPT = "CAST(:key AS text) IS NULL OR EXISTS (SELECT FROM kept)"
+_RAISE_THE_VERSION = f"""
+    UPDATE users
+    SET version = users.version + 1, updated_at = :at
+    FROM taken
+    WHERE users.id = taken.id AND ({_IS_TAKEN_AND_KEPT})
+    RETURNING users.id, users.version
+"""  # noqa: S608
+_BEGIN_WITH_A_VERSION = f"SELECT id, 1 AS version FROM taken WHERE {_IS_TAKEN_AND_KEPT}"  # noqa: S608
 _KEEPING = KEEP.format(about="(SELECT id FROM taken WHERE CAST(:key AS text) IS NOT NULL)")
 
 
 class Base(NamedTuple):
-    """What a revision is decided on: the user, when it was read, and what was read beside."""
+    """What a change is decided on: the user, when it was read, and what was read beside."""
 
     document: Document
     choices: Choices
@@ -77,7 +83,7 @@ class Base(NamedTuple):
 
 
 class Effects(NamedTuple):
-    """What a revision does to the tables of its domain: a statement of `writing`, parameters."""
+    """What a revision does to its domain's tables: a statement made here, and its parameters."""
 
     statement: Direct
     parameters: Mapping[str, Any]
@@ -99,13 +105,20 @@ class Settled(NamedTuple, Generic[T]):
     result: T
 
 
+_BESIDE = (
+    func.clock_timestamp().label("now"),
+    is_answered(bindparam("caller"), bindparam("key")).label("is_answered"),
+)
+
+
 def reading(*beside: ColumnElement[Any]) -> Direct:
     """Return the statement that reads a user to revise, and `beside`."""
-    return read_beside(
-        func.clock_timestamp().label("now"),
-        is_answered(bindparam("caller"), bindparam("key")).label("is_answered"),
-        *beside,
-    )
+    return read_beside(*_BESIDE, *beside)
+
+
+def looking(*beside: ColumnElement[Any]) -> Direct:
+    """Return the statement that reads `beside` to register a user."""
+    return Direct(select(*_BESIDE, *beside))
 
 
 def writing(effects: str = "", *, taking: str = "SELECT id FROM locked") -> Direct:
@@ -115,7 +128,30 @@ def writing(effects: str = "", *, taking: str = "SELECT id FROM locked") -> Dire
     `raised` has (the id, and the new version) if the revision takes place. What may meet another's
     row is `taking`: from `locked`, and it returns the user's id if it did not.
     """
-    return Direct(text(_WRITE.format(taking=taking, keeping=_KEEPING, effects=effects)))
+    return _statement(_LOCK_THE_USER, taking, _RAISE_THE_VERSION, effects)
+
+
+def registering(effects: str, *, taking: str) -> Direct:
+    """Return the statement that registers a user: `taking` inserts it, otherwise as `writing`."""
+    return _statement(_LOCK_NO_USER, taking, _BEGIN_WITH_A_VERSION, effects)
+
+
+def _statement(locking: str, taking: str, raising: str, effects: str) -> Direct:
+    return Direct(
+        text(
+            _WRITE.format(
+                locking=locking, taking=taking, keeping=_KEEPING, raising=raising, effects=effects
+            )
+        )
+    )
+
+
+async def look(
+    connection: asyncpg.Connection, statement: Direct, parameters: Mapping[str, Any]
+) -> Fields | None:
+    """Read what a registration is decided on; None if `caller` and `key` have an answer."""
+    (row,) = await statement.fetch(connection, parameters)
+    return None if row["is_answered"] else row
 
 
 async def read(
@@ -133,9 +169,12 @@ async def read(
 
 
 async def write(
-    connection: asyncpg.Connection, revision: Revision[Any], recorder: Recorder, generation: int
+    connection: asyncpg.Connection,
+    revision: Revision[Any],
+    recorder: Recorder,
+    generation: int | None = None,
 ) -> bool:
-    """Write a revision that was announced under a generation, all of it or nothing."""
+    """Write a revision, all of it or nothing; a change was announced under a generation."""
     user, key = revision.user, recorder.key
     names = (*revision.names, key.name) if key else revision.names
     parameters = {

@@ -21,7 +21,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, UUID
 
-REVISION = "0006"
+REVISION = "0007"
 """The migration that makes these tables. Revisions are numbers, so that they can be compared."""
 
 metadata = MetaData(

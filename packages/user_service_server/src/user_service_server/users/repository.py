@@ -7,22 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import asyncpg
-from sqlalchemy import (
-    ColumnElement,
-    LargeBinary,
-    bindparam,
-    exists,
-    func,
-    literal,
-    not_,
-    select,
-    update,
-)
+from sqlalchemy import Boolean, ColumnElement, LargeBinary, bindparam, func, literal, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
+from user_service_schemas import Choices, Consent
 
+from ..preferences.repository import BEGINNING, said_first
+from ..storage import revisions
 from ..storage.database import Direct
-from ..storage.tables import suppressed_addresses, users
+from ..storage.revisions import Effects
+from ..storage.tables import users
 
 
 def email_name(email_key: str) -> bytes:
@@ -41,8 +35,7 @@ def is_deliverable(email_key: str) -> ColumnElement[bool]:
 
 
 def _is_deliverable(name: ColumnElement[bytes]) -> ColumnElement[bool]:
-    suppressed = suppressed_addresses.c
-    return not_(exists().where(suppressed.digest == name, suppressed.lifted_at.is_(None)))
+    return func.is_deliverable(name, type_=Boolean)
 
 
 def by_email(email_key: str) -> ColumnElement[bool]:
@@ -66,6 +59,46 @@ def after(user_id: str) -> ColumnElement[bool]:
 
 
 _PERSONAL = ("external_id", "name", "email", "email_key", "phone", "locale", "password_hash")
+_EMAIL_NAME = bindparam("email_name", type_=LargeBinary)
+LOOK = revisions.looking(_is_deliverable(_EMAIL_NAME).label("email_deliverable"))
+# The function sees what was committed until it is asked, and so all that was done by whoever had
+# the lock on the address's name before.
+_REGISTER = revisions.registering(
+    BEGINNING,
+    taking="""
+        INSERT INTO users (id, version, created_at, updated_at, email_deliverable, external_id,
+            name, email, email_key, phone, locale, password_hash)
+        SELECT id, 1, CAST(:at AS timestamptz), CAST(:at AS timestamptz), :email_deliverable,
+            :its_external_id, :its_name, :its_email, :its_email_key, :its_phone, :its_locale,
+            :its_password_hash
+        FROM locked
+        WHERE is_deliverable(CAST(:email_name AS bytea)) = :email_deliverable
+        ON CONFLICT DO NOTHING
+        RETURNING id
+    """,
+)
+
+
+def register(
+    values: Mapping[str, str | None],
+    choices: Choices,
+    *,
+    email_deliverable: bool,
+    consent: Consent | None,
+) -> Effects:
+    """Return what is written when a user registers, with the beginning of the history.
+
+    Nothing, if the email or the external id is another's, or mail to the address may not be tried
+    any more, or again.
+    """
+    said = {f"its_{column}": values.get(column) for column in _PERSONAL}
+    deliverable = {
+        "email_name": email_name(str(values["email_key"])),
+        "email_deliverable": email_deliverable,
+    }
+    return Effects(_REGISTER, {**said, **deliverable, **said_first(choices, consent)})
+
+
 # A plain insert that fails would leave `Key (email)=(…)` in Postgres' log.
 _INSERT = Direct(
     insert(users)
@@ -74,7 +107,7 @@ _INSERT = Direct(
         version=1,
         created_at=func.now(),
         updated_at=func.now(),
-        email_deliverable=_is_deliverable(bindparam("email_name", type_=LargeBinary)),
+        email_deliverable=_is_deliverable(_EMAIL_NAME),
         **{column: bindparam(column) for column in _PERSONAL},
     )
     .on_conflict_do_nothing()

@@ -7,6 +7,7 @@ from typing import Any
 
 from msgspec import UNSET
 from user_service_schemas import (
+    RULES,
     ChangeKind,
     Choices,
     CreateUser,
@@ -25,12 +26,15 @@ from ..errors import EmailTaken, ExternalIdTaken, Invalid
 from ..preferences import repository as preferences
 from ..settings import Settings
 from ..storage import recorded_answers
-from ..storage.database import driver
+from ..storage.database import Fields, driver
 from ..storage.document import EntityTags, StoredDocument
 from ..storage.documents import Documents, Write
 from ..storage.recorded_answers import Recorder
+from ..storage.revisions import Revision
 from . import repository
-from .profile import email_key, judge_profile, phone_key, profile_values
+from .profile import email_key, phone_key, profile_values
+
+_SHOWN = ("external_id", "name", "email", "phone", "locale")
 
 
 class Users:
@@ -50,14 +54,38 @@ class Users:
             EmailTaken, ExternalIdTaken: another user has it.
             Overloaded: too many passwords wait to be hashed.
         """
-        errors = self.judge_registration(request)
+        values, choices, errors = self._judged(request)
         if errors:
             raise Invalid(*errors)
-        values, _ = profile_values(request)
-        choices = merge_preferences(Choices(), request.preferences, self._catalogue)
         if request.password is not None:
             values["password_hash"] = await self._passwords.hash(request.password)
-        user_id = str(uuid7())
+        user_id, consent = str(uuid7()), request.preferences.consent or None
+
+        def decide(row: Fields) -> Revision[User]:
+            deliverable, at = row["email_deliverable"], row["now"]
+            shown = {field: values.get(field) for field in _SHOWN}
+            user = User(
+                id=user_id,
+                **shown,  # type: ignore[arg-type]
+                email_deliverable=deliverable,
+                preferences=self._documents.shape.preferences(choices),
+                devices=(),
+                version=1,
+                rules=RULES,
+                created_at=at,
+                updated_at=at,
+            )
+            effects = repository.register(
+                values, choices, email_deliverable=deliverable, consent=consent
+            )
+            return Revision(user, ChangeKind.USER_CREATED, effects, user, tuple(_names(values)))
+
+        name = repository.email_name(str(values["email_key"]))
+        entered = await self._documents.enter(
+            user_id, recorder, repository.LOOK, decide, email_name=name
+        )
+        if entered is not None:
+            return entered
         async with self._documents.write(user_id, recorder) as write:
             await write.announce(user_id)
             await write.lock_names(*_names(values))
@@ -70,7 +98,7 @@ class Users:
                 connection,
                 user_id,
                 choices,
-                consent=request.preferences.consent or None,
+                consent=consent,
                 actor=write.actor,
             )
             write.changed(user_id, ChangeKind.USER_CREATED)
@@ -78,10 +106,15 @@ class Users:
 
     def judge_registration(self, request: Any) -> list[FieldError]:
         """Return what is wrong with a registration that may be valid only in part."""
-        errors = judge_profile(request)
+        return self._judged(request)[-1]
+
+    def _judged(self, request: Any) -> tuple[dict[str, str | None], Choices, list[FieldError]]:
+        """Return the columns that a registration sets, its choices, and what is wrong with it."""
+        values, errors = profile_values(request)
+        choices = Choices()
         if request.preferences is not UNSET:
             try:
-                merge_preferences(Choices(), request.preferences, self._catalogue)
+                choices = merge_preferences(choices, request.preferences, self._catalogue)
             except RuleViolation as violation:
                 errors += [
                     FieldError(field=f"preferences.{detail.field}", message=detail.message)
@@ -92,7 +125,7 @@ class Users:
             errors += judge_password(request.password, field="password", **about)
         elif request.password is None and self._password_required:
             errors.append(FieldError(field="password", message="This field is required."))
-        return errors
+        return values, choices, errors
 
     async def get_many(self, ids: Sequence[str]) -> dict[str, StoredDocument]:
         """Return the documents of those of `ids` that exist."""
