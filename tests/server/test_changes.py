@@ -10,8 +10,6 @@ import asyncpg
 import httpx
 import pytest
 from litestar import Litestar
-from sqlalchemy import Engine, event
-from sqlalchemy.util import await_only
 from user_service_server.changes import feed as feed_module
 from user_service_server.changes.feed import ChangeFeed
 from user_service_server.metrics import Metrics
@@ -23,6 +21,7 @@ from user_service_server.storage.state import StateWatcher, renew_epoch
 
 from ..system.subscribers import change, change_often, connected, insert_users
 from ..system.trouble import until
+from .statements import around_direct
 from .test_users import assert_failed
 
 CHANGES = "/api/v1/changes"
@@ -323,19 +322,12 @@ async def test_page_that_pruning_overtakes_is_no_gap(
     )
     pruned: list[int] = []
 
-    def before(*arguments: Any) -> None:
-        statement = str(arguments[2])
-        task = asyncio.current_task()
-        background = task is not None and task.get_name() in {"change-feed", "pruning"}
-        if "changes.position >" in statement and not pruned and not background:
-            pruned.append(0)
-            pruned[0] = await_only(asyncio.create_task(prune_feed(settings), name="pruning"))
+    async def before(statement: str, _connection: object) -> None:
+        if "changes.position >" in statement and not pruned:
+            pruned.append(await prune_feed(settings))
 
-    event.listen(Engine, "before_cursor_execute", before)
-    try:
+    with around_direct(before):
         answer = await http.get(CHANGES, params={"after": start})
-    finally:
-        event.remove(Engine, "before_cursor_execute", before)
     assert pruned
     assert pruned[0] >= 10
     if answer.status_code == 200:

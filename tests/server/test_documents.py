@@ -33,7 +33,7 @@ from user_service_server.storage.state import Generation, SharedState, StateWatc
 
 from ..engines import settings_for
 from ..system.subscribers import connected, insert_users
-from .statements import around_direct
+from .statements import around_direct, in_background
 from .test_users import assert_failed, changes_of, fetch, register
 
 ANY_VERSION = {"X-Min-Version": str(10**9)}
@@ -66,18 +66,12 @@ class Held:
 
     async def pass_(self) -> None:
         """Called in the server's task: the first who comes waits, later ones do not."""
-        if not self.reached.is_set() and not _in_background():
+        if not self.reached.is_set() and not in_background():
             self.reached.set()
             await self._go.wait()
 
     def let_go(self) -> None:
         self._go.set()
-
-
-def _in_background() -> bool:
-    """The state is looked at and the change feed is read, whatever a test does."""
-    task = asyncio.current_task()
-    return task is not None and task.get_name() in {"state-look", "change-feed"}
 
 
 @contextmanager
@@ -95,7 +89,7 @@ def counted() -> Iterator[list[str]]:
     statements: list[str] = []
 
     def note(_c: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
-        if not _in_background():
+        if not in_background():
             statements.append(statement)
 
     async def note_direct(statement: str, _connection: Any) -> None:

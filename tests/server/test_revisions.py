@@ -18,7 +18,7 @@ from user_service_server.storage.database import Database
 
 from ..engines import settings_for
 from ..system.trouble import until
-from .statements import around_direct
+from .statements import around_direct, in_background
 from .test_devices import listed, new_token, shown
 from .test_users import assert_failed, changes_of, fetch, register, rows
 
@@ -73,8 +73,7 @@ def counted() -> Iterator[list[str]]:
         seen.append(statement)
 
     def note_other(_c: object, _cursor: object, statement: str, *_rest: object) -> None:
-        task = asyncio.current_task()
-        if task is not None and task.get_name() not in {"state-look", "change-feed"}:
+        if not in_background():
             seen.append(statement)
 
     event.listen(Engine, "before_cursor_execute", note_other)

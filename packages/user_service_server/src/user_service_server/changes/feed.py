@@ -18,7 +18,7 @@ from ..errors import DependencyUnavailable, InvalidCursor, Overloaded
 from ..metrics import Metrics
 from ..periodic import Periodic
 from ..settings import Settings
-from ..storage.database import Database, create_engine, translated
+from ..storage.database import Database, checked_out, create_engine, translated
 from ..storage.replica import Replica
 from ..storage.state import StateWatcher
 from . import repository
@@ -139,7 +139,6 @@ class ChangeFeed:
     ) -> None:
         # Not of the pool that answers requests: the feed must not wait behind them.
         self._engine = create_engine(settings, pool_size=2)
-        self._autocommit = self._engine.execution_options(isolation_level="AUTOCOMMIT")
         self._database = database
         self._state = state
         self._replica = replica
@@ -165,7 +164,7 @@ class ChangeFeed:
 
     async def start(self) -> None:
         """Begin at the end of the log."""
-        async with self._autocommit.connect() as connection:
+        async with checked_out(self._engine) as connection:
             self._begin(await repository.read_feed_state(connection))
         self._running.start()
 
@@ -197,7 +196,7 @@ class ChangeFeed:
         """
         if cursor.position > self._position or cursor.epoch != self._epoch:
             # Perhaps this process is the one that is behind.
-            async with self._database.reading() as connection:
+            async with self._database.direct() as connection:
                 state = await repository.read_feed_state(connection)
             if cursor.epoch != self._state.epoch or cursor.position > state.last_position:
                 return "epoch"
@@ -210,7 +209,7 @@ class ChangeFeed:
             InvalidCursor: it is of another epoch, or older than what is kept.
             DependencyUnavailable, Overloaded
         """
-        async with self._database.reading() as connection:
+        async with self._database.direct() as connection:
             state = await repository.read_feed_state(connection)
             epoch = self._state.epoch
             position = state.pruned_position if after is None else after.position
@@ -279,36 +278,34 @@ class ChangeFeed:
 
     async def _step(self) -> bool:
         """Number and read what is there; returns whether there is more."""
-        numbered = None
-        async with self._autocommit.connect() as connection:
+        is_more = False
+        async with checked_out(self._engine) as connection:
             began = time.monotonic()
             state = await repository.read_feed_state(connection)
             self._took = time.monotonic() - began
-        complete = not state.is_waiting
-        if state.is_waiting or state.now - state.complete_through > THROUGH_INTERVAL:
-            async with self._engine.begin() as connection:
+            complete = not state.is_waiting
+            if state.is_waiting or state.now - state.complete_through > THROUGH_INTERVAL:
                 numbering = time.monotonic()
                 numbered = await repository.number_changes(connection, BATCH)
-            if numbered is not None and numbered < BATCH:
-                complete, began = True, numbering
-            if numbered is not None:
-                self._metrics.feed_numbered.inc(numbered)
-                async with self._autocommit.connect() as connection:
-                    state = await repository.read_feed_state(connection)
-        if self._epoch != self._state.epoch:
-            self._reset(state)
-        while self._position < state.last_position:
-            async with self._autocommit.connect() as connection:
+                if numbered is not None:
+                    state, number = numbered
+                    self._metrics.feed_numbered.inc(number)
+                    is_more = number == BATCH
+                    if not is_more:
+                        complete, began = True, numbering
+            if self._epoch != self._state.epoch:
+                self._reset(state)
+            while self._position < state.last_position:
                 read = await repository.read_changes(connection, self._epoch, self._position, BATCH)
-            if not read:
-                break
-            self._replica.saw(read)
-            self._publish(read)
-        else:
-            if complete:
-                self._replica.looked(began, self._position)
+                if not read:
+                    break
+                self._replica.saw(read)
+                self._publish(read)
+            else:
+                if complete:
+                    self._replica.looked(began, self._position)
         self._note(state)
-        return numbered == BATCH
+        return is_more
 
     def _note(self, state: FeedState) -> None:
         self._through = state.complete_through

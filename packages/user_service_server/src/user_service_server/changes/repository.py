@@ -5,44 +5,38 @@ from __future__ import annotations
 from datetime import datetime
 from typing import NamedTuple
 
-from sqlalchemy import select, text
+import asyncpg
+from sqlalchemy import Integer, bindparam, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 from user_service_schemas import Change
 
+from ..storage.database import Direct, Fields
 from ..storage.tables import changes
 
-_SEQUENCER = 0x75736663  # "usfc": one sequencer at a time
-
-_FEED_STATE = text("""
+_FEED_STATE = Direct(
+    text("""
     SELECT last_position, pruned_position, complete_through, clock_timestamp() AS now,
         EXISTS (SELECT FROM changes WHERE position IS NULL) AS is_waiting
     FROM change_feed
 """)
-_TRY_LOCK = text(f"SELECT pg_try_advisory_xact_lock({_SEQUENCER})")
-# Versions of one user are committed in their order, so whoever sees a later one sees the earlier
-# ones, too: ordered by (user, version), no batch skips one. All that was acknowledged before this
-# statement began is in its snapshot, so a batch that takes all makes the feed complete up to then.
-_NUMBER = text("""
-    WITH waiting AS (
-        SELECT id, row_number() OVER (ORDER BY user_id, version, id) AS n
-        FROM changes WHERE position IS NULL
-        ORDER BY user_id, version, id
-        LIMIT :limit
-    ), numbered AS (
-        UPDATE changes SET position = change_feed.last_position + waiting.n
-        FROM waiting, change_feed
-        WHERE changes.id = waiting.id
-        RETURNING 1
-    ), counted AS (
-        SELECT count(*) AS n FROM numbered
-    )
-    UPDATE change_feed
-    SET last_position = last_position + counted.n,
-        complete_through = CASE WHEN counted.n < :limit THEN statement_timestamp()
-            ELSE complete_through END
-    FROM counted
-    RETURNING counted.n
+)
+# The function has a lock of its own and looks for the changes after it has got it; see where it is
+# made, in the migrations.
+_NUMBER = Direct(
+    text("""
+    SELECT last AS last_position, pruned AS pruned_position, through AS complete_through,
+        clock_timestamp() AS now, numbered = :limit AS is_waiting, numbered
+    FROM number_changes(:limit)
+    WHERE numbered IS NOT NULL
 """)
+)
+_c = changes.c
+_READ = Direct(
+    select(_c.position, _c.user_id, _c.version, _c.kind, _c.at, _c.actor)
+    .where(_c.position > bindparam("after"))
+    .order_by(_c.position)
+    .limit(bindparam("limit", type_=Integer))
+)
 _PRUNE = text("""
     WITH oldest AS (
         SELECT position, bool_and(at < clock_timestamp() - make_interval(days => :days))
@@ -74,40 +68,40 @@ class FeedState(NamedTuple):
     """Whether there are changes that have no position yet."""
 
 
-async def read_feed_state(connection: AsyncConnection) -> FeedState:
+async def read_feed_state(connection: asyncpg.Connection) -> FeedState:
     """Read how far the feed goes."""
-    return FeedState(*(await connection.execute(_FEED_STATE)).one())
+    (row,) = await _FEED_STATE.fetch(connection, {})
+    return _state(row)
 
 
-async def number_changes(connection: AsyncConnection, limit: int) -> int | None:
+async def number_changes(
+    connection: asyncpg.Connection, limit: int
+) -> tuple[FeedState, int] | None:
     """Give positions to committed changes; None if another process is at it.
 
-    The lock is held to the commit, and the changes are looked for after it was got.
+    Returns how far the feed goes then, and how many there were.
     """
-    if not await connection.scalar(_TRY_LOCK):
-        return None
-    return int(await connection.scalar(_NUMBER, {"limit": limit}) or 0)
+    rows = await _NUMBER.fetch(connection, {"limit": limit})
+    return (_state(rows[0]), rows[0]["numbered"]) if rows else None
+
+
+def _state(row: Fields) -> FeedState:
+    return FeedState(*(row[field] for field in FeedState._fields))
 
 
 async def read_changes(
-    connection: AsyncConnection, epoch: str, after: int, limit: int
+    connection: asyncpg.Connection, epoch: str, after: int, limit: int
 ) -> list[Change]:
     """Read changes behind a position, in the order of the feed."""
-    c = changes.c
-    rows = await connection.execute(
-        select(c.position, c.user_id, c.version, c.kind, c.at, c.actor)
-        .where(c.position > after)
-        .order_by(c.position)
-        .limit(limit)
-    )
+    rows = await _READ.fetch(connection, {"after": after, "limit": limit})
     return [
         Change(
-            position=f"{epoch}.{row.position}",
-            user_id=row.user_id,
-            version=row.version,
-            kind=row.kind,
-            at=row.at,
-            actor=row.actor,
+            position=f"{epoch}.{row['position']}",
+            user_id=str(row["user_id"]),
+            version=row["version"],
+            kind=row["kind"],
+            at=row["at"],
+            actor=row["actor"],
         )
         for row in rows
     ]
