@@ -1,8 +1,8 @@
 """Budget 5: registrations at saturation, and who reads meanwhile.
 
 The work is the hashing of passwords: the ceiling is how many the same core hashes when it does
-nothing else. Reads are due at a rate (see `generator`), as those of callers who do not know that
-others register.
+nothing else, so registrations are measured alone, too. Reads are due at a rate (see `generator`),
+as those of callers who do not know that others register.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MOST = 2000
 
 
 def measure(surroundings: Surroundings) -> list[Budget]:
-    """Measure hashing, reads alone, and reads while others register, in turn."""
+    """Measure hashing, reads alone, registrations alone, and both at once, in turn."""
     server = surroundings.server
     numbers = itertools.count(1)
     reads = load.write(
@@ -43,17 +43,23 @@ def measure(surroundings: Surroundings) -> list[Budget]:
     alone: list[Window] = []
     meanwhile: list[Window] = []
     made: list[Load] = []
+    beside: list[Load] = []
     rss: list[float] = []
-    for _ in range(ROUNDS):
-        hashed.append(_hashing())
-        alone.append(_finished(_reading(server, reads)))
-        register = load.write(
+
+    def register() -> Load:
+        some = load.write(
             surroundings.directory / "registrations",
             (_registration(next(numbers), surroundings.headers) for _ in range(_MOST)),
             "once",
         )
+        return load.put_on(server, some, connections=CONNECTIONS, seconds=SECONDS)
+
+    for _ in range(ROUNDS):
+        hashed.append(_hashing())
+        alone.append(_finished(_reading(server, reads)))
+        made.append(register())
         reading = _reading(server, reads)
-        made.append(load.put_on(server, register, connections=CONNECTIONS, seconds=SECONDS))
+        beside.append(register())
         meanwhile.append(_finished(reading))
         rss.append(psutil.Process(server.pid).memory_info().rss / 1e6)
     p99 = {
@@ -73,7 +79,10 @@ def measure(surroundings: Surroundings) -> list[Budget]:
                     limit=0.9,
                     ceiling=median(hashed),
                     beside="hashes/s on its core",
-                    peers={"busy": median(one.busy for one in made)},
+                    peers={
+                        "busy": median(one.busy for one in made),
+                        f"beside {READS:.0f} GETs/s": median(one.rate for one in beside),
+                    },
                 ),
                 Goal(
                     name="p99 of GETs meanwhile",
@@ -95,7 +104,7 @@ def measure(surroundings: Surroundings) -> list[Budget]:
                     ceiling=rss[0],
                     beside="after the first",
                 ),
-                answered(*made),
+                answered(*made, *beside),
             ),
         )
     ]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import platform
+import re
 import signal
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import httpx
 import psutil
@@ -22,6 +25,13 @@ CHEAP = (1, 8)
 SLOW = (20, 19456)
 """A fifth of a second."""
 HASH = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1).hash(PASSWORD)
+
+
+def may_advise() -> bool:
+    """Whether huge pages are given to who asks for them, and glibc is there, which asks."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    is_asked = setting.exists() and "[madvise]" in setting.read_text()
+    return is_asked and platform.libc_ver()[0] == "glibc"
 
 
 @pytest.fixture
@@ -50,6 +60,25 @@ async def test_hashes_are_made_and_compared(hashers: Hashers) -> None:
     strange = "\n\x00\u2028\U0001f511"
     assert await hashers.compare(strange, await hashers.make(strange))
     assert hashers.waiting == 0
+
+
+@pytest.mark.skipif(not may_advise(), reason="the system asks nobody, or malloc cannot be told")
+async def test_a_hash_works_in_huge_pages() -> None:
+    hashers = Hashers(1, 50, (2, 19456))
+    hashers.start()
+    try:
+        for _ in range(2):
+            await hashers.make(PASSWORD)
+        (process,) = processes()
+        assert asks_for_huge_pages(process)
+    finally:
+        await hashers.close()
+
+
+def asks_for_huge_pages(process: psutil.Process) -> bool:
+    """Whether a process has said so of some of its memory, by madvise(2)."""
+    mappings = Path(f"/proc/{process.pid}/smaps").read_text()
+    return re.search(r"^VmFlags:.*\bhg\b", mappings, re.MULTILINE) is not None
 
 
 async def test_a_process_is_there_when_it_is_needed_and_lets_others_go_first(
