@@ -27,7 +27,7 @@ from benchmarks import (
 )
 from benchmarks.budgets import Budget
 from benchmarks.load import generator_used
-from benchmarks.report import as_json, as_plot, as_table, machine
+from benchmarks.report import as_json, as_plot, as_table, loop, machine
 from benchmarks.surroundings import RAISED, Surroundings
 
 RESULTS = Path(__file__).with_name("results") / "latest.json"
@@ -64,7 +64,7 @@ def main() -> int:
     if unknown := set(names) - set(BENCHMARKS):
         parser.error(f"no such benchmark: {', '.join(sorted(unknown))}")
 
-    began, load, begun = datetime.now(UTC), os.getloadavg(), time.monotonic()
+    began, load, begun, before = datetime.now(UTC), os.getloadavg(), time.monotonic(), loop()
     budgets: list[Budget] = []
     with Surroundings() as surroundings:
         for name in names:
@@ -74,11 +74,13 @@ def main() -> int:
     budgets.sort(key=lambda budget: budget.number)
     took = f"{time.monotonic() - begun:.0f} s"
     print(f"{machine()}, load before {load[0]:.1f} and after {os.getloadavg()[0]:.1f}, took {took}")
+    loops = (before, loop())
+    print(f"a fixed loop of Python: {loops[0]:.1f} ms before and {loops[1]:.1f} ms after")
     raised = ", ".join(f"{name}={value}" for name, value in RAISED.items())
     print(f"load: {generator_used()}; the service as it is shipped, but for {raised}\n")
     print(as_table(budgets))
     arguments.json.parent.mkdir(exist_ok=True)
-    arguments.json.write_text(as_json(budgets, began, (load[0], os.getloadavg()[0])))
+    arguments.json.write_text(as_json(budgets, began, (load[0], os.getloadavg()[0]), loops))
     arguments.json.with_suffix(".svg").write_text(as_plot(budgets, began))
     return not all(budget.met for budget in budgets)
 

@@ -15,7 +15,7 @@ from benchmarks.budgets import Budget, Goal
 from benchmarks.load import Load, Requests, Running, answered
 from benchmarks.surroundings import Surroundings, cache_reads, out_of_the_cache
 
-ROUNDS = 6
+ROUNDS = 4
 SECONDS = 1
 FEW, MANY = 16, 64
 """Connections."""

@@ -12,9 +12,10 @@ from benchmarks.load import Load, Requests, Running, answered, beside_peer
 from benchmarks.surroundings import PEER, SERVICE, USERS, Surroundings, cache_reads
 from benchmarks.wire import taken_by
 
-ROUNDS = 6
+ROUNDS = 5
 SECONDS = 1
-CONNECTIONS = 16
+FEW, MANY = 16, 64
+"""Connections."""
 COUNTED = 60
 """Reads whose statements are counted."""
 
@@ -30,8 +31,10 @@ def measure(surroundings: Surroundings) -> list[Budget]:
     before = cache_reads(server)
     loads = load.medians(
         ROUNDS,
-        get=partial(_put_cold, surroundings, server, SERVICE, requests),
-        peer=partial(_put_cold, surroundings, peer, PEER, requests),
+        get_16=partial(_put_cold, surroundings, server, SERVICE, requests, FEW),
+        peer_16=partial(_put_cold, surroundings, peer, PEER, requests, FEW),
+        get_64=partial(_put_cold, surroundings, server, SERVICE, requests, MANY),
+        peer_64=partial(_put_cold, surroundings, peer, PEER, requests, MANY),
     )
     after = cache_reads(server)
     read = {result: count - before.get(result, 0) for result, count in after.items()}
@@ -40,7 +43,8 @@ def measure(surroundings: Surroundings) -> list[Budget]:
             2,
             "GET, not cached",
             (
-                beside_peer(f"{CONNECTIONS} connections", loads["get"], loads["peer"], 8),
+                beside_peer(f"{FEW} connections", loads["get_16"], loads["peer_16"], 8),
+                beside_peer(f"{MANY} connections", loads["get_64"], loads["peer_64"], 8),
                 Goal(
                     name="SQL statements",
                     figure=_statements(surroundings),
@@ -49,7 +53,7 @@ def measure(surroundings: Surroundings) -> list[Budget]:
                     limit=1,
                     of="figure",
                 ),
-                answered(loads["get"]),
+                answered(loads["get_16"], loads["get_64"]),
                 Goal(
                     name="out of PostgreSQL",
                     figure=sum(read.values()) - read.get("hit", 0),
@@ -65,10 +69,14 @@ def measure(surroundings: Surroundings) -> list[Budget]:
 
 
 def _put_cold(
-    surroundings: Surroundings, server: Running, database: int, requests: Requests
+    surroundings: Surroundings,
+    server: Running,
+    database: int,
+    requests: Requests,
+    connections: int,
 ) -> Load:
     surroundings.forget(database)
-    return load.put_on(server, requests, connections=CONNECTIONS, seconds=SECONDS)
+    return load.put_on(server, requests, connections=connections, seconds=SECONDS)
 
 
 def _statements(surroundings: Surroundings) -> float:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import httpx
 import msgspec
@@ -11,12 +13,13 @@ import msgspec
 from benchmarks import documents, load, wire
 from benchmarks.budgets import Budget, Goal
 from benchmarks.generator import Request
-from benchmarks.load import Load, Round, Running, answered, beside_peer
+from benchmarks.load import Load, Running, answered, beside_peer
 from benchmarks.surroundings import USERS, Surroundings
 
-ROUNDS = 5
+ROUNDS = 4
 SECONDS = 1
-CONNECTIONS = 16
+FEW, MANY = 16, 64
+"""Connections."""
 ROUND_TRIPS = 5
 COUNTED = 40
 """Writes whose round trips are counted."""
@@ -27,12 +30,18 @@ _MOST = 5000
 def measure(surroundings: Surroundings) -> list[Budget]:
     """Measure both in turn with the peer's. Each write changes something."""
     server, peer = surroundings.server, surroundings.peer
+    # Who takes turns goes through the users in turn, too: who comes again is changed again.
+    ours, theirs = _Writes(surroundings, server), _Writes(surroundings, peer)
     loads = load.medians(
         ROUNDS,
-        preferences=_round(surroundings, server, update_of_preferences),
-        peer_preferences=_round(surroundings, peer, update_of_preferences),
-        devices=_round(surroundings, server, registration_of_device),
-        peer_devices=_round(surroundings, peer, registration_of_device),
+        preferences_16=partial(ours.put, update_of_preferences, FEW),
+        peer_preferences_16=partial(theirs.put, update_of_preferences, FEW),
+        devices_16=partial(ours.put, registration_of_device, FEW),
+        peer_devices_16=partial(theirs.put, registration_of_device, FEW),
+        preferences_64=partial(ours.put, update_of_preferences, MANY),
+        peer_preferences_64=partial(theirs.put, update_of_preferences, MANY),
+        devices_64=partial(ours.put, registration_of_device, MANY),
+        peer_devices_64=partial(theirs.put, registration_of_device, MANY),
     )
     with wire.server_behind(surroundings) as (url, tapped):
         trips = {
@@ -44,13 +53,11 @@ def measure(surroundings: Surroundings) -> list[Budget]:
             6,
             "writes",
             (
-                beside_peer(
-                    "preferences update", loads["preferences"], loads["peer_preferences"], 2.5
-                ),
+                *_beside_peer("preferences update", "preferences", loads),
                 _trips("preferences update", trips[update_of_preferences]),
-                beside_peer("device registration", loads["devices"], loads["peer_devices"], 2.5),
+                *_beside_peer("device registration", "devices", loads),
                 _trips("device registration", trips[registration_of_device]),
-                answered(loads["preferences"], loads["devices"]),
+                answered(*(loads[name] for name in loads if not name.startswith("peer_"))),
             ),
         )
     ]
@@ -84,19 +91,37 @@ def _request(
     return load.request(method, path, headers, msgspec.json.encode(body), kind=part)
 
 
-def _round(surroundings: Surroundings, server: Running, make: Make) -> Round:
-    # Round by round it goes through the users; who comes again is changed again.
-    numbers = itertools.count()
+class _Writes:
+    """The writes that one server gets, no two of which are the same."""
 
-    def put() -> Load:
+    def __init__(self, surroundings: Surroundings, server: Running) -> None:
+        self._surroundings = surroundings
+        self._server = server
+        self._numbers: dict[Make, Iterator[int]] = defaultdict(itertools.count)
+
+    def put(self, make: Make, connections: int) -> Load:
+        """Put load on the server by writes of this kind."""
         requests = load.write(
-            surroundings.directory / "writes",
-            (make(n, surroundings.headers) for n in itertools.islice(numbers, _MOST)),
+            self._surroundings.directory / "writes",
+            (
+                make(number, self._surroundings.headers)
+                for number in itertools.islice(self._numbers[make], _MOST)
+            ),
             "once",
         )
-        return load.put_on(server, requests, connections=CONNECTIONS, seconds=SECONDS)
+        return load.put_on(self._server, requests, connections=connections, seconds=SECONDS)
 
-    return put
+
+def _beside_peer(name: str, key: str, loads: Mapping[str, Load]) -> list[Goal]:
+    return [
+        beside_peer(
+            f"{name}, {connections} connections",
+            loads[f"{key}_{connections}"],
+            loads[f"peer_{key}_{connections}"],
+            2.5,
+        )
+        for connections in (FEW, MANY)
+    ]
 
 
 def _round_trips(url: str, tapped: wire.Wire, headers: dict[str, str], make: Make) -> int:

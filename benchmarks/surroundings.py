@@ -39,7 +39,7 @@ from benchmarks.timing import Spent
 READY_WITHIN = 60.0
 """Seconds until a process must answer."""
 _POLL = 0.005
-USERS = 15_000
+USERS = 25_000
 """More than a server reads from PostgreSQL in one round."""
 SERVICE, PEER, CEILINGS = 0, 1, 2
 """Their databases in Valkey."""
