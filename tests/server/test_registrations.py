@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any
 from uuid import uuid4
 
 import httpx
 import pytest
 from user_service_server.settings import Settings
+from user_service_server.storage.cache import Announcement, DocumentCache, Outcome
 from user_service_server.storage.database import lock_key
+from user_service_server.storage.link import RedisLink
+from user_service_server.storage.wire import UNREACHABLE, Command
 from user_service_server.users import repository
 from user_service_server.users.repository import email_name
 
@@ -239,3 +243,39 @@ async def test_who_hangs_up_in_the_middle_has_registered(http: httpx.AsyncClient
         await until(is_there, 3)
     (user,) = await found(http, body["email"])
     assert await fetch(http, user["id"]) == user
+
+
+async def test_an_announcement_that_comes_late_brings_no_old_version_back(
+    http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis does not answer the registration's, and hears it after another's whole write."""
+    body = person()
+    run, commands = RedisLink.run, list[Sequence[Command]]()
+
+    def stuck(link: RedisLink, some: Sequence[Command]) -> Awaitable[list[Any]]:
+        if commands:
+            return run(link, some)
+        commands.append(some)
+        lost: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+        lost.set_result([UNREACHABLE] * len(some))
+        return lost
+
+    publish = DocumentCache.publish
+
+    async def late(
+        cache: DocumentCache, announcement: Announcement, outcomes: Mapping[str, Outcome]
+    ) -> set[int]:
+        monkeypatch.setattr(DocumentCache, "publish", publish)
+        (user_id,) = outcomes
+        changed = await http.patch(f"{USERS}{user_id}/preferences", json={"push": False})
+        assert changed.status_code == 200, changed.text
+        await run(cache._link, commands[0])
+        return await publish(cache, announcement, outcomes)
+
+    monkeypatch.setattr(RedisLink, "run", stuck)
+    monkeypatch.setattr(DocumentCache, "publish", late)
+    answer = await register(http, body)
+    assert (answer.status_code, answer.json()["data"]["version"]) == (201, 1)
+    assert len(commands) == 1
+    document = await fetch(http, answer.json()["data"]["id"])
+    assert (document["version"], document["preferences"]["push"]) == (2, False)

@@ -21,11 +21,13 @@ _FEED_STATE = Direct(
 """)
 )
 # The function has a lock of its own and looks for the changes after it has got it; see where it is
-# made, in the migrations.
+# made, in the migrations. Through PgBouncer Postgres sets it no limit, and the driver's is enough:
+# it waits for nobody but `prune`.
 _NUMBER = Direct(
     text("""
-    SELECT last AS last_position, pruned AS pruned_position, through AS complete_through,
-        clock_timestamp() AS now, numbered = :limit AS is_waiting, numbered
+    SELECT now_last AS last_position, now_pruned AS pruned_position,
+        now_through AS complete_through, clock_timestamp() AS now,
+        numbered = :limit AS is_waiting, numbered
     FROM number_changes(:limit)
     WHERE numbered IS NOT NULL
 """)

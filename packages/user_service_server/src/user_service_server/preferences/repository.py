@@ -39,7 +39,8 @@ BEGINNING = f"""
         FROM raised
     ), {_NOTED}
 """  # noqa: S608 - of constants
-"""What a registration does to these tables, with the parameters of `said_first`."""
+"""What a registration does to these tables: further parts of a WITH that has the row `raised`, with
+the parameters of `said_first`."""
 READ = revisions.reading()
 _SAY = revisions.writing(f"""
     , said AS (
@@ -82,17 +83,7 @@ def _to_json(value: object) -> str:
 
 
 _BEGIN = Direct(
-    text("""
-    WITH said AS (
-        INSERT INTO preferences (user_id, email, push, quiet_hours_start, quiet_hours_end,
-            timezone, muted_until, categories)
-        VALUES (CAST(:user_id AS uuid), :email, :push, :quiet_hours_start, :quiet_hours_end,
-            :timezone, :muted_until, CAST(:categories AS jsonb))
-    )
-    INSERT INTO preference_history (user_id, version, at, actor, source, policy_version, changes)
-    VALUES (CAST(:user_id AS uuid), 1, clock_timestamp(), :actor, :source, :policy_version,
-        CAST(:changes AS jsonb))
-""")
+    text(f"WITH raised AS (SELECT CAST(:id AS uuid) AS id, 1 AS version) {BEGINNING} SELECT 1")
 )
 
 
@@ -106,7 +97,7 @@ async def insert_choices(
 ) -> None:
     """Insert a new user's preferences, and begin the history with them."""
     said = said_first(choices, consent)
-    await _BEGIN.fetch(connection, {"user_id": user_id, "actor": actor, **said})
+    await _BEGIN.fetch(connection, {"id": user_id, "actor": actor, **said})
 
 
 async def read_choices(connection: AsyncConnection, user_id: str) -> Choices:

@@ -283,16 +283,18 @@ class DocumentCache:
         for user_id, key in announcement.keys.items():
             outcome = outcomes.get(user_id)
             version = outcome.version if outcome else ""
-            quiet = announcement.buckets[bucket_of(user_id)].quiet
-            document = outcome.document if outcome and not quiet else None
+            said = announcement.buckets[bucket_of(user_id)]
+            # An announcement that was late may have taken away what another has published since.
+            may_store = said.complete and not said.quiet
+            document = outcome.document if outcome and may_store else None
             body = self._encode(document) if document else ""
             commands.append(
                 _eval(_PUBLISH, key, announcement.token, version, body, self._some_ttl())
             )
         replies = await self._link.run(commands)
         for reply in replies:
-            said = reply.decode() if isinstance(reply, bytes) else "unreachable"
-            self._publications.labels(said).inc()
+            result = reply.decode() if isinstance(reply, bytes) else "unreachable"
+            self._publications.labels(result).inc()
         answered = zip(announcement.keys, replies, strict=True)
         return {bucket_of(user_id) for user_id, reply in answered if not isinstance(reply, bytes)}
 

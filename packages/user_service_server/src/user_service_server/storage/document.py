@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any, NamedTuple
 
 import asyncpg
@@ -47,8 +48,8 @@ def is_one_of(
     """Select by ids: one array, and so one statement however many they are.
 
     As the result of a subquery: of a parameter's array Postgres knows the length, and expects ten
-    elsewhere. So it plans the statement anew each time, and that takes longer than to run it
-    (a document: 250 µs of its CPU, and so 100).
+    elsewhere. So it would plan the statement anew each time, which takes longer than to run it (of
+    Postgres' CPU 250 µs for a document, and as it is 100).
     """
     array = ids if isinstance(ids, BindParameter) else cast(list(ids), ARRAY(_ID))
     return column == any_(cast(select(array).scalar_subquery(), ARRAY(_ID)))
@@ -209,6 +210,34 @@ class DocumentShape:
                 rules=RULES,
                 created_at=row["created_at"],
                 updated_at=row["updated_at"],
+            )
+        )
+
+    def registered(
+        self,
+        user_id: str,
+        columns: Mapping[str, Any],
+        choices: Choices,
+        *,
+        email_deliverable: bool,
+        at: datetime,
+    ) -> Document:
+        """Return the document that a user begins with, of the columns that were set."""
+        return Document(
+            User(
+                id=user_id,
+                external_id=columns.get("external_id"),
+                name=columns["name"],
+                email=columns["email"],
+                phone=columns.get("phone"),
+                locale=columns.get("locale"),
+                email_deliverable=email_deliverable,
+                preferences=self.preferences(choices),
+                devices=(),
+                version=1,
+                rules=RULES,
+                created_at=at,
+                updated_at=at,
             )
         )
 

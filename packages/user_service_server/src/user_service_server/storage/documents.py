@@ -483,7 +483,8 @@ class Documents:
     ) -> T | None:
         """Announce, look, decide, write and publish.
 
-        Where the cache cannot be told nothing is to be made good: nobody had what nobody knew of.
+        Where the cache cannot be told nothing is to be made good, and nothing is stored: nobody had
+        what nobody knew of.
         """
         announcement, outcomes = Announcement(), dict[str, Outcome]()
         announcing = self._in_background(self.cache.announce([user_id], announcement))
@@ -494,7 +495,7 @@ class Documents:
                 await announcing
                 if row is not None:
                     revision = decide(row)
-                    if await revisions.write(connection, revision, recorder):
+                    if await revisions.write(connection, revision, recorder, None):
                         user = revision.user
                         outcomes[user_id] = Outcome(user.version, Document(user).stored())
         finally:

@@ -6,7 +6,7 @@ is read without a lock is decided on; then one statement locks the user, looks w
 the version that was read, and writes all that belongs to the change, or nothing. So the change is
 made to what it was decided on, and its document is known without another read. Whatever is out of
 the ordinary (a version that has risen, a key that has an answer, a name that another has or has
-locked, a cache that could not be told) is left to the general shape.
+locked, a cache that could not be told of a change) is left to the general shape.
 """
 
 from __future__ import annotations
@@ -172,9 +172,12 @@ async def write(
     connection: asyncpg.Connection,
     revision: Revision[Any],
     recorder: Recorder,
-    generation: int | None = None,
+    generation: int | None,
 ) -> bool:
-    """Write a revision, all of it or nothing; a change was announced under a generation."""
+    """Write a revision, all of it or nothing: a change under the generation it was announced in.
+
+    A registration (None) is of no generation: nothing of its user can have been cached before.
+    """
     user, key = revision.user, recorder.key
     names = (*revision.names, key.name) if key else revision.names
     parameters = {

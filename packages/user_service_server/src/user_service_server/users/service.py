@@ -7,7 +7,6 @@ from typing import Any
 
 from msgspec import UNSET
 from user_service_schemas import (
-    RULES,
     ChangeKind,
     Choices,
     CreateUser,
@@ -33,8 +32,6 @@ from ..storage.recorded_answers import Recorder
 from ..storage.revisions import Revision
 from . import repository
 from .profile import email_key, phone_key, profile_values
-
-_SHOWN = ("external_id", "name", "email", "phone", "locale")
 
 
 class Users:
@@ -63,18 +60,9 @@ class Users:
 
         def decide(row: Fields) -> Revision[User]:
             deliverable, at = row["email_deliverable"], row["now"]
-            shown = {field: values.get(field) for field in _SHOWN}
-            user = User(
-                id=user_id,
-                **shown,  # type: ignore[arg-type]
-                email_deliverable=deliverable,
-                preferences=self._documents.shape.preferences(choices),
-                devices=(),
-                version=1,
-                rules=RULES,
-                created_at=at,
-                updated_at=at,
-            )
+            user = self._documents.shape.registered(
+                user_id, values, choices, email_deliverable=deliverable, at=at
+            ).user
             effects = repository.register(
                 values, choices, email_deliverable=deliverable, consent=consent
             )

@@ -4,6 +4,7 @@ What a volatile function asks sees what was committed until then (PostgreSQL, "F
 Categories"): also what was done by whoever had a lock that the statement has got since.
 
 Deploy order: migrate first, then the servers. The previous release passes on this schema.
+Downgrade: the servers first; those of this release cannot register anybody without it.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ _SEQUENCER = 0x75736663  # "usfc": one sequencer at a time
 def upgrade() -> None:
     # Whether mail to an address may be tried.
     op.execute("""
-        CREATE FUNCTION is_deliverable(name bytea) RETURNS boolean LANGUAGE plpgsql VOLATILE AS $$
+        CREATE FUNCTION is_deliverable(of_name bytea) RETURNS boolean
+        LANGUAGE plpgsql VOLATILE AS $$
         BEGIN
             RETURN NOT EXISTS (
-                SELECT FROM suppressed_addresses WHERE digest = name AND lifted_at IS NULL
+                SELECT FROM suppressed_addresses WHERE digest = of_name AND lifted_at IS NULL
             );
         END $$
     """)
@@ -36,7 +38,8 @@ def upgrade() -> None:
     op.execute(f"""
         CREATE FUNCTION number_changes(
             batch integer,
-            OUT numbered bigint, OUT last bigint, OUT pruned bigint, OUT through timestamptz
+            OUT numbered bigint, OUT now_last bigint, OUT now_pruned bigint,
+            OUT now_through timestamptz
         ) LANGUAGE plpgsql VOLATILE AS $$
         BEGIN
             IF pg_try_advisory_xact_lock({_SEQUENCER}) THEN
@@ -59,7 +62,7 @@ def upgrade() -> None:
                         ELSE complete_through END
                 FROM counted
                 RETURNING counted.n, last_position, pruned_position, complete_through
-                INTO numbered, last, pruned, through;
+                INTO numbered, now_last, now_pruned, now_through;
             END IF;
         END $$
     """)  # noqa: S608 - of a constant
