@@ -17,6 +17,7 @@ from user_service_server.settings import Settings
 from ..engines import settings_for
 from ..keys import EVERYTHING, REQUIRED, make_key, showing
 from ..servers import Server, serving
+from ..system.trouble import until
 
 USERS = "/api/v1/users/"
 NOBODY = "01a205c7-a743-7a16-a135-c839ba84936e"
@@ -181,6 +182,35 @@ async def test_of_shapes_that_smuggle_no_second_request_is_answered(
     (status,) = statuses(received)
     assert status in {400, 408}, received
     assert received.endswith(CLOSED), received
+
+
+async def test_who_hangs_up_in_the_middle_of_a_body_is_no_crash_of_ours(
+    server: Server, key: str
+) -> None:
+    """It happens all the time, and nobody is to be woken for it."""
+    for number, framing in enumerate(("Content-Length: 100", "Transfer-Encoding: chunked")):
+        request_id = f"hangs-up-{number}"
+        _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        begun = "5\r\n" if "chunked" in framing else ""
+        writer.write(
+            f"POST {USERS} HTTP/1.1\r\nHost: t\r\nAuthorization: Bearer {key}\r\n"
+            f"X-Request-ID: {request_id}\r\nContent-Type: application/json\r\n{framing}\r\n\r\n"
+            f'{begun}{{"na'.encode()
+        )
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+
+        async def is_noted(request_id: str = request_id) -> bool:
+            return request_id in await asyncio.to_thread(server.log.read_text)
+
+        await until(is_noted, 5)
+        (line,) = [
+            json.loads(line)
+            for line in (await asyncio.to_thread(server.log.read_text)).splitlines()
+            if request_id in line
+        ]
+        assert (line["event"], line["level"], line["status"]) == ("request", "info", 400)
 
 
 async def test_a_length_that_is_told_twice_and_a_bare_line_feed_are_read_in_one_way(

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -22,6 +23,8 @@ from user_service_server.storage.migrations import downgrade, upgrade
 from user_service_server.storage.wire import Command, Wire
 
 from ..engines import Engines, settings_for
+from ..system.subscribers import connected
+from ..system.trouble import until
 from .races import no_deadlock, opposite_moves, race_feedback, register_by_many
 from .test_devices import listed, new_token, post, shown, someone
 from .test_documents import counted, held_after
@@ -325,6 +328,32 @@ async def test_the_restoring_of_an_address_is_a_write_like_any_other(
     key = {"Idempotency-Key": uuid4().hex}
     first, again = [await http.delete(path, headers=key) for _ in range(2)]
     assert (again.content, again.headers["idempotency-replayed"]) == (first.content, "true")
+
+
+async def test_who_registers_with_an_address_is_waited_for_before_it_is_restored(
+    http: httpx.AsyncClient, database_url: str
+) -> None:
+    """It has looked whether it may be written to, and waits for another who gives up a name."""
+    address, taken = new_address(), uuid4().hex
+    owner, giver = await person(http, address), await person(http, new_address(), external_id=taken)
+    await report(http, email(address))
+    waiting = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE $1"
+
+    async def waits(part: str) -> bool:
+        return bool(await rows(database_url, waiting, part))
+
+    async with connected(database_url) as sql:
+        async with sql.transaction():
+            await sql.execute("UPDATE users SET external_id = NULL WHERE id = $1", giver)
+            body = {"name": "Heir", "email": address, "external_id": taken}
+            registering = asyncio.create_task(http.post("/api/v1/users/", json=body))
+            await until(partial(waits, "%INSERT INTO users%"), 2)
+            path = f"/api/v1/users/{owner}/suppression"
+            restoring = asyncio.create_task(http.delete(path))
+            await until(partial(waits, "%pg_advisory_xact_lock%"), 2)
+        assert_failed(await registering, 409, "email_taken", "email")
+        assert (await restoring).status_code == 200
+    assert await is_deliverable(http, owner) is True
 
 
 async def test_a_complaint_is_an_opt_out_with_its_place_in_the_history(

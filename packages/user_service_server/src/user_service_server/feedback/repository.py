@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import NamedTuple
 
 import msgspec
-from sqlalchemy import func, text, update
+from sqlalchemy import func, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from user_service_schemas import PreferenceChange
 
@@ -154,6 +154,14 @@ async def suppress(
     await connection.execute(
         _SUPPRESS, {"digests": list(reports), "reasons": list(reasons), "ats": list(ats)}
     )
+
+
+async def read_email_key(connection: AsyncConnection, user_id: str) -> str | None:
+    """Read under which key a user's address is found, without a lock; None: no such user."""
+    key: str | None = await connection.scalar(
+        select(users.c.email_key).where(users.c.id == user_id)
+    )
+    return key
 
 
 async def lift(connection: AsyncConnection, name: bytes) -> None:

@@ -175,11 +175,17 @@ class Feedback:
 
         Raises:
             UserNotFound, VersionMismatch
+            Overloaded: they got another address just now.
         """
         async with self._documents.write(user_id, recorder) as write:
+            # Whoever registers with the address has its name, and has seen that it is suppressed.
+            key = await repository.read_email_key(write.connection, user_id)
+            if key is not None:
+                await write.lock_names(email_name(key))
             row = await write.lock_user(user_id, if_match)
+            if row.email_key != key:
+                raise Overloaded
             if not row.email_deliverable:
-                # Without its name's lock: it is theirs, so whoever else is at it waits for them.
                 await repository.lift(write.connection, email_name(row.email_key))
                 await repository.set_deliverable(write.connection, [user_id], deliverable=True)
                 write.changed(user_id, ChangeKind.ADDRESS_RESTORED)

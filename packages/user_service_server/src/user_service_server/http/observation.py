@@ -24,6 +24,7 @@ from litestar.types import (
 from uuid_utils import uuid7
 
 from .. import logs
+from ..errors import MalformedBody
 from ..logs import RequestLog
 from ..metrics import Metrics
 from .failures import BodyTooSlow, meaning, send_failure
@@ -109,6 +110,7 @@ def _in_time(receive: Receive, seconds: float) -> Receive:
 
     Raises:
         BodyTooSlow: it is not. Byte by byte it could hold a connection, and memory, without end.
+        MalformedBody: the caller went away in the middle of it.
     """
     loop = asyncio.get_running_loop()
     ends_at: float | None = None
@@ -125,6 +127,9 @@ def _in_time(receive: Receive, seconds: float) -> Receive:
                 message = await receive()
         except TimeoutError:
             raise BodyTooSlow from None
+        if message["type"] == "http.disconnect":
+            # Nobody reads it, but what Litestar says of it would be logged as a crash of ours.
+            raise MalformedBody(message="The connection ended before the body did.")
         is_whole = not message.get("more_body", False)
         return message
 
