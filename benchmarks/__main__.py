@@ -60,6 +60,8 @@ def main() -> int:
         "--json", type=Path, default=RESULTS, help="where the results go, and beside it their plot"
     )
     arguments = parser.parse_args()
+    # Whoever installs with pip has bytecode: what is started here writes it, and then has it, too.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     names: list[str] = arguments.names or list(BENCHMARKS)
     if unknown := set(names) - set(BENCHMARKS):
         parser.error(f"no such benchmark: {', '.join(sorted(unknown))}")
