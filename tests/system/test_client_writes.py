@@ -127,11 +127,20 @@ async def trial(server: Server) -> AsyncIterator[Trial]:
 
 
 @asynccontextmanager
-async def no_writes(database_url: str) -> AsyncIterator[None]:
-    """Let every insertion of a user wait, until the block is left."""
-    async with connected(database_url) as connection, connection.transaction():
-        await connection.execute("LOCK TABLE users IN SHARE MODE")
-        yield
+async def claimed(database_url: str, email: str) -> AsyncIterator[None]:
+    """Let whoever registers with an address wait until the block is left, and then have it."""
+    async with connected(database_url) as connection:
+        transaction = connection.transaction()
+        await transaction.start()
+        await connection.execute(
+            "INSERT INTO users (id, name, email, email_key, version, created_at, updated_at)"
+            " VALUES (gen_random_uuid(), 'Somebody', $1, $1, 1, now(), now())",
+            email,
+        )
+        try:
+            yield
+        finally:
+            await transaction.rollback()
 
 
 LOST: dict[str, list[int | str | None]] = {
@@ -168,7 +177,7 @@ async def test_a_write_whose_answer_is_held_back_gets_it_at_the_repetition(trial
 async def test_a_slow_write_whose_repetition_meets_it_under_way_ends_as_a_success(
     trial: Trial, database_url: str
 ) -> None:
-    async with no_writes(database_url):
+    async with claimed(database_url, trial.email):
         writing = asyncio.create_task(trial.create())
         await until(lambda: 409 in trial.statuses, within=10)
     user = await writing
