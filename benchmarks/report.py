@@ -29,8 +29,8 @@ def machine() -> str:
 def loop() -> float:
     """Return the ms of a fixed loop of Python: how fast this interpreter and this hour are.
 
-    One that was built without profile-guided optimization, as pyenv's are by default, takes half as
-    long again as one that was, as those of the official images and of distributions are.
+    One that was built without profile-guided optimization, as pyenv's are by default, takes a third
+    longer than one that was, as those of the official images and of distributions are.
     """
     best = float("inf")
     for _ in range(5):
