@@ -130,9 +130,12 @@ async def position_of(http: httpx.AsyncClient, user: str, version: int) -> str:
     after: dict[str, str] = {}
     async with asyncio.timeout(5):
         while True:
-            page = (await http.get("/api/v1/changes", params={**after, "limit": 100})).json()[
-                "data"
-            ]
+            answer = await http.get("/api/v1/changes", params={**after, "limit": 100})
+            if answer.status_code == 503:
+                await asyncio.sleep(0.1)  # on a busy machine Postgres is sometimes late
+                continue
+            assert answer.status_code == 200, answer.text
+            page = answer.json()["data"]
             for change in page["items"]:
                 if (change["user_id"], change["version"]) == (user, version):
                     return str(change["position"])
