@@ -171,11 +171,11 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
     if forgotten := list(routes_without_scope(app)):
         raise RuntimeError(f"nobody has said who may call {', '.join(forgotten)}")
     # Around the router, so that what no route was found for is observed, too.
-    app.asgi_handler = DirectUsers(app.asgi_handler, gate, documents)
-    if settings.cors_origins:
-        app.asgi_handler = CrossOrigin(app.asgi_handler, settings.cors_origins)
     log = RequestLog(settings.log_level, settings.log_format)
-    app.asgi_handler = Observation(app.asgi_handler, metrics, log, settings.body_timeout)
+    origins = CrossOrigin(app.asgi_handler, settings.cors_origins)
+    told = origins.told if settings.cors_origins else None
+    observation = Observation(origins, metrics, log, settings.body_timeout, told)
+    app.asgi_handler = DirectUsers(observation, gate, documents)
     return app
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import msgspec
 from litestar import Request, Response
@@ -22,6 +23,8 @@ PRIVATE: Header = ("Cache-Control", "private, no-cache")
 NO_STORE: Header = ("Cache-Control", "no-store")
 
 HTTPRequest = Request[None, None, State]
+RawHeader: TypeAlias = tuple[bytes, bytes]
+"""A header as ASGI has it, its name in small letters."""
 
 _PRIVATE = (b"cache-control", PRIVATE[1].encode())
 _JSON = (b"content-type", JSON.encode())
@@ -37,7 +40,7 @@ class ReadyAnswer:
 
     __slots__ = ("body", "headers", "status")
 
-    def __init__(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+    def __init__(self, status: int, headers: list[RawHeader], body: bytes) -> None:
         self.status = status
         self.headers = headers
         self.body = body
@@ -76,7 +79,7 @@ def document_answer(held: str | None, document: StoredDocument, etag: str) -> Re
     return ReadyAnswer(200, [_PRIVATE, (b"etag", etag.encode()), _JSON, _length(body)], body)
 
 
-def _length(body: bytes) -> tuple[bytes, bytes]:
+def _length(body: bytes) -> RawHeader:
     return (b"content-length", b"%d" % len(body))
 
 

@@ -6,10 +6,12 @@ tells every origin what the named ones may do.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 
 from litestar.enums import HttpMethod, ScopeType
-from litestar.types import ASGIApp, HTTPResponseStartEvent, Message, Receive, Scope, Send
+from litestar.types import ASGIApp, Receive, Scope, Send
+
+from .answers import RawHeader, ReadyAnswer
 
 _METHODS = b"GET, POST, PUT, PATCH, DELETE"
 _MAY_SEND = (
@@ -20,52 +22,38 @@ _MAY_READ = (
     b"ETag, Idempotency-Replayed, Location, RateLimit, RateLimit-Policy, Retry-After,"
     b" WWW-Authenticate, X-Document-Tag, X-Request-ID"
 )
-_REMEMBERED_FOR = b"600"
+_PREFLIGHT = [
+    (b"access-control-allow-methods", _METHODS),
+    (b"access-control-allow-headers", _MAY_SEND),
+    (b"access-control-max-age", b"600"),
+]
 _VARY = (b"vary", b"Origin")
 
 
 class CrossOrigin:
-    """Wraps the app where origins are named. Cookies are no part of it: there are none."""
+    """Answers preflights where origins are named. Cookies are no part of it: there are none."""
 
     def __init__(self, app: ASGIApp, origins: Collection[str]) -> None:
         self._app = app
         self._origins = frozenset(origin.encode() for origin in origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a preflight, or tell beside the app's answer that its origin may read it."""
-        headers = dict(scope["headers"])
-        origin = headers.get(b"origin")
-        allowed = origin if origin in self._origins else None
+        """Answer a preflight of a named origin; leave all else to the app."""
+        headers = scope["state"]["headers"]
         if (
-            allowed is not None
+            headers.get(b"origin") in self._origins
             and scope["type"] == ScopeType.HTTP
             and scope["method"] == HttpMethod.OPTIONS
             and b"access-control-request-method" in headers
         ):
-            start: HTTPResponseStartEvent = {
-                "type": "http.response.start",
-                "status": 204,
-                "headers": [
-                    (b"access-control-allow-origin", allowed),
-                    (b"access-control-allow-methods", _METHODS),
-                    (b"access-control-allow-headers", _MAY_SEND),
-                    (b"access-control-max-age", _REMEMBERED_FOR),
-                    _VARY,
-                ],
-            }
-            await send(start)
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-            return
+            await ReadyAnswer(204, _PREFLIGHT, b"")(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
 
-        async def send_with_origin(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                told = [*message["headers"], _VARY]  # also where it is not: a cache is to ask anew
-                if allowed is not None:
-                    told += [
-                        (b"access-control-allow-origin", allowed),
-                        (b"access-control-expose-headers", _MAY_READ),
-                    ]
-                message["headers"] = told
-            await send(message)
-
-        await self._app(scope, receive, send_with_origin)
+    def told(self, headers: Mapping[bytes, bytes]) -> Iterator[RawHeader]:
+        """Yield what every answer has besides: whether its request's origin may read it."""
+        yield _VARY  # also where it may not: a cache is to ask anew
+        origin = headers.get(b"origin")
+        if origin in self._origins:
+            yield (b"access-control-allow-origin", origin)
+            yield (b"access-control-expose-headers", _MAY_READ)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from collections.abc import Callable, Iterable, Mapping
 
 from litestar.enums import HttpMethod, ScopeType
 from litestar.types import (
@@ -27,7 +28,9 @@ from .. import logs
 from ..errors import MalformedBody
 from ..logs import RequestLog
 from ..metrics import Metrics
+from .answers import RawHeader
 from .failures import BodyTooSlow, meaning, send_failure
+from .limits import Quota
 from .requests import header
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -39,64 +42,99 @@ _NO_SNIFFING = (b"x-content-type-options", b"nosniff")
 
 
 class Observation:
-    """Wraps the whole app: also what no route was found for, and what crashed."""
+    """Wraps the whole app: also what no route was found for, and what crashed.
+
+    `told` returns what else every answer has besides, by the headers of its request.
+    """
 
     def __init__(
-        self, app: ASGIApp, metrics: Metrics, log: RequestLog, body_timeout: float
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        log: RequestLog,
+        body_timeout: float,
+        told: Callable[[Mapping[bytes, bytes]], Iterable[RawHeader]] | None,
     ) -> None:
+        self.metrics = metrics
+        self.log = log
+        self.told = told
         self._app = app
-        self._log = log
         self._body_timeout = body_timeout
-        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
         if scope["type"] == ScopeType.WEBSOCKET:
             raise NotImplementedError  # serving.py accepts HTTP only
-        began = time.perf_counter()
-        method = scope["method"]
-        state = scope["state"]
+        observed = Observed(self, scope)
+        try:
+            if scope["method"] in _WITH_BODY:
+                receive = _in_time(receive, self._body_timeout)
+            await self._app(*_as_get(scope, receive, observed.telling(send)))
+        except Exception as error:  # noqa: BLE001 - the last net, below it is only the socket
+            await observed.fail(error, receive, send)
+        finally:
+            observed.end()
+
+
+class Observed:
+    """A request under way; `status` is that of its answer, and 0 before there is one."""
+
+    __slots__ = ("_began", "_id", "_method", "_observation", "_scope", "_state", "_token", "status")
+
+    def __init__(self, observation: Observation, scope: HTTPScope) -> None:
+        self._began = time.perf_counter()
+        self._observation = observation
+        self._scope = scope
+        self._method = scope["method"]
+        self._state = state = scope["state"]
         # Of a header that is there more than once the first counts.
         state["headers"] = dict(list(scope["headers"])[::-1])
-        request_id = state["request_id"] = _request_id(scope)
-        id_header = (b"x-request-id", request_id.encode())
-        status = 0
+        self._id = state["request_id"] = _request_id(scope)
+        self._token = logs.request_id.set(self._id)
+        self.status = 0
 
-        async def send_with_id(message: Message) -> None:
-            nonlocal status
+    def headers(self) -> list[RawHeader]:
+        """Return what the answer has besides its own headers."""
+        headers = [(b"x-request-id", self._id.encode()), _NO_SNIFFING]
+        quota: Quota | None = self._state.get("ratelimit")
+        if quota is not None:
+            headers += quota.headers()
+        if self._observation.told is not None:
+            headers += self._observation.told(self._state["headers"])
+        return headers
+
+    def telling(self, send: Send) -> Send:
+        """Send an answer with these headers, and note its status."""
+
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                status = message["status"]
-                quota = state.get("ratelimit")
-                counted = quota.headers() if quota is not None else ()
-                message["headers"] = [*message["headers"], id_header, _NO_SNIFFING, *counted]
+                self.status = message["status"]
+                message["headers"] = [*message["headers"], *self.headers()]
             await send(message)
 
-        token = logs.request_id.set(request_id)
-        try:
-            if method in _WITH_BODY:
-                receive = _in_time(receive, self._body_timeout)
-            await self._app(*_as_get(scope, receive, send_with_id))
-        except Exception as error:  # noqa: BLE001 - the last net, below it is only the socket
-            if status:
-                meaning(error)  # it is logged; nobody can be told any more
-            else:
-                await send_failure(error, scope, receive, send_with_id)
-        finally:
-            self._note(scope, method, status, time.perf_counter() - began)
-            logs.request_id.reset(token)
+        return send_with_headers
 
-    def _note(self, scope: HTTPScope, method: str, status: int, seconds: float) -> None:
-        route = str(scope.get("path_template", "unmatched"))
-        if method not in _METHODS:
-            method = "other"
-        self._metrics.requests.note(method, route, status, seconds)
-        self._log.note(
-            request_id=scope["state"]["request_id"],
+    async def fail(self, error: Exception, receive: Receive, send: Send) -> None:
+        """Answer with what an exception means, if there was no answer yet."""
+        if self.status:
+            meaning(error)  # it is logged; nobody can be told any more
+        else:
+            await send_failure(error, self._scope, receive, self.telling(send))
+
+    def end(self) -> None:
+        """Log and count it."""
+        seconds = time.perf_counter() - self._began
+        route = self._scope.get("path_template", "unmatched")
+        method = self._method if self._method in _METHODS else "other"
+        self._observation.metrics.requests.note(method, route, self.status, seconds)
+        self._observation.log.note(
+            request_id=self._id,
             method=method,
             route=route,
-            status=status,
+            status=self.status,
             ms=round(seconds * 1000, 2),
         )
+        logs.request_id.reset(self._token)
 
 
 def _request_id(scope: HTTPScope) -> str:
