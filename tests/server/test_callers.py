@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from itertools import chain
 from typing import Any
 from uuid import uuid4
@@ -11,11 +11,13 @@ from uuid import uuid4
 import httpx
 import pytest
 from litestar import Litestar, Router, get
+from litestar.handlers import HTTPRouteHandler
 from litestar.routes import HTTPRoute
 from user_service_schemas import Scope
 from user_service_server import app as app_module
 from user_service_server.app import create_app
-from user_service_server.http.callers import routes_without_scope
+from user_service_server.http.answers import HTTPRequest
+from user_service_server.http.callers import open_routes
 from user_service_server.http.operations import operation
 from user_service_server.settings import Settings
 
@@ -251,12 +253,32 @@ async def forgotten() -> None: ...
 async def undescribed() -> None: ...
 
 
+async def _admit(_request: HTTPRequest) -> None: ...
+
+
+async def _let_through(_request: HTTPRequest) -> None: ...
+
+
+def _open(handler: HTTPRouteHandler) -> Iterator[str]:
+    api = Router("/api/v1", route_handlers=[handler], before_request=_admit)
+    return open_routes(Litestar([api], openapi_config=None), _admit)
+
+
+def test_no_route_can_take_the_place_of_what_admits() -> None:
+    described = operation("described", "Has a scope", None, scope=Scope.USERS_READ)
+
+    async def answer() -> None: ...
+
+    assert list(_open(get("/described", **described)(answer))) == []
+    other = get("/described", before_request=_let_through, **described)(answer)
+    assert list(_open(other)) == ["['GET'] /api/v1/described"]
+
+
 async def test_the_app_does_not_start_with_a_route_that_has_no_scope(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for handler in (forgotten, undescribed):
-        app = Litestar([Router("/api/v1", route_handlers=[handler])], openapi_config=None)
-        assert len(list(routes_without_scope(app))) == 1
+        assert len(list(_open(handler))) == 1
         with monkeypatch.context() as patched:
             patched.setattr(
                 app_module,

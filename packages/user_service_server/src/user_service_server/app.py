@@ -27,7 +27,7 @@ from .feedback.routes import feedback_router
 from .feedback.service import Feedback
 from .health.routes import health_router, metrics_router
 from .http.bodies import MAX_BODY, StrictBody
-from .http.callers import Gate, make_guard, routes_without_scope
+from .http.callers import Gate, make_admission, open_routes
 from .http.cors import CrossOrigin
 from .http.docs import get_docs_file, get_openapi, show_docs
 from .http.failures import answer_failure
@@ -136,6 +136,7 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
                 _log.warning("auth.off", note="every caller may do everything")
             yield
 
+    admit = make_admission(gate)
     api = Router(
         "/api/v1",
         route_handlers=[
@@ -147,7 +148,7 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
             feedback_router(feedback, documents, idempotency),
             changes_router(feed, settings, draining, metrics, ring),
         ],
-        guards=[make_guard(gate)],
+        before_request=admit,
     )
     health = health_router(
         release, database=database, state=state, replica=replica, link=link, draining=draining
@@ -168,7 +169,7 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
         openapi_config=None,
         logging_config=None,
     )
-    if forgotten := list(routes_without_scope(app)):
+    if forgotten := list(open_routes(app, admit)):
         raise RuntimeError(f"nobody has said who may call {', '.join(forgotten)}")
     # Around the router, so that what no route was found for is observed, too.
     log = RequestLog(settings.log_level, settings.log_format)

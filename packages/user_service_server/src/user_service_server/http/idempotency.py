@@ -22,6 +22,7 @@ from ..storage.database import Database
 from ..storage.recorded_answers import AlreadyAnswered, AnswerKey, RecordedAnswer, Recorder
 from .answers import NO_STORE, HTTPRequest, ReadyAnswer, json_answer
 from .callers import caller_of
+from .requests import header
 
 T = TypeVar("T")
 
@@ -60,7 +61,7 @@ class Idempotency:
             IdempotencyKeyReused: the first one asked for something else.
         """
         caller = caller_of(request)
-        key = request.headers.get(HEADER)
+        key = header(request.scope, b"idempotency-key")
         if key is None:
             return render(await work(Recorder(caller.actor)))
         if not _KEY.fullmatch(key):
@@ -116,6 +117,6 @@ def _recorded(digest: bytes, response: ReadyAnswer) -> RecordedAnswer:
 
 def _digest(secret: bytes, request: HTTPRequest, body: bytes) -> bytes:
     """Digest what is asked: method, path, condition and body."""
-    asked = (request.method, request.scope["path"], request.headers.get("if-match", ""))
+    asked = (request.method, request.scope["path"], header(request.scope, b"if-match") or "")
     message = b"\0".join([*(part.encode() for part in asked), body])
     return hmac.digest(secret, message, hashlib.sha256)

@@ -57,8 +57,8 @@ def _uuid(text: str, field: str, error: type[ServiceError]) -> str:
 
 def if_match(request: HTTPRequest) -> EntityTags | None:
     """Return the tags that a write is conditional on."""
-    header = request.headers.get("if-match")
-    return None if header is None else EntityTags(header)
+    said = header(request.scope, b"if-match")
+    return None if said is None else EntityTags(said)
 
 
 def min_version(scope: HTTPScope) -> int:

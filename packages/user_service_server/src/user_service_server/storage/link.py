@@ -251,17 +251,17 @@ class RedisLink:
 
     def strings(self, keys: Sequence[str]) -> Awaitable[list[Any]]:
         """Return the strings under `keys`; None, or an error, for what is none."""
-        if isinstance(self._map, RedisCluster):
-            return self.run([("GET", key) for key in keys])
-        server = self._server(_ONLY)
-        return server.strings(keys) if server.wire is None else server.wire.strings(keys)
+        if isinstance(self._map, ConnectionPool):
+            server = self._server(_ONLY)
+            return server.strings(keys) if server.wire is None else server.wire.strings(keys)
+        return self.run([("GET", key) for key in keys])
 
     def run(self, commands: Sequence[Command]) -> Awaitable[list[Any]]:
         """Run commands; what a server refuses is answered by its error."""
-        if isinstance(self._map, RedisCluster):
-            return self._run_in_cluster(self._map, commands)
-        server = self._server(_ONLY)
-        return server.call(commands) if server.wire is None else server.wire.call(commands)
+        if isinstance(self._map, ConnectionPool):
+            server = self._server(_ONLY)
+            return server.call(commands) if server.wire is None else server.wire.call(commands)
+        return self._run_in_cluster(self._map, commands)
 
     async def _run_in_cluster(
         self, cluster: RedisCluster, commands: Sequence[Command]
