@@ -30,7 +30,11 @@ class App:
         while path == "/stream":
             print("stream flows", flush=True)
             await send({"type": "http.response.body", "body": b"x" * 10000, "more_body": True})
-            await asyncio.sleep(30)
+            try:
+                await asyncio.sleep(30)
+            except asyncio.CancelledError:
+                print("stream is cut off", flush=True)
+                raise
         body = b"draining" if draining.is_set() else b"ready"
         await send({"type": "http.response.body", "body": body})
 
@@ -185,6 +189,8 @@ async def test_what_does_not_finish_is_cut_off() -> None:
         await server.request("/stream")
         await server.says("stream flows")
         server.process.send_signal(signal.SIGTERM)
+        # Before the app closes what it works with.
+        await server.says("stream is cut off")
         await server.says("closed")
         assert await server.ends(within=1) == (0, "")
 
