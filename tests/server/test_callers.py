@@ -10,9 +10,11 @@ from uuid import uuid4
 
 import httpx
 import pytest
-from litestar import Litestar, Router, get
-from litestar.handlers import HTTPRouteHandler
+from litestar import Litestar, Router, asgi, get
+from litestar.handlers import ASGIRouteHandler, HTTPRouteHandler
 from litestar.routes import HTTPRoute
+from litestar.types import Receive, Send
+from litestar.types import Scope as LitestarScope
 from user_service_schemas import Scope
 from user_service_server import app as app_module
 from user_service_server.app import create_app
@@ -259,7 +261,7 @@ async def _admit(_request: HTTPRequest) -> None: ...
 async def _let_through(_request: HTTPRequest) -> None: ...
 
 
-def _open(handler: HTTPRouteHandler) -> Iterator[str]:
+def _open(handler: HTTPRouteHandler | ASGIRouteHandler) -> Iterator[str]:
     api = Router("/api/v1", route_handlers=[handler], before_request=_admit)
     return open_routes(Litestar([api], openapi_config=None), _admit)
 
@@ -270,8 +272,17 @@ def test_no_route_can_take_the_place_of_what_admits() -> None:
     async def answer() -> None: ...
 
     assert list(_open(get("/described", **described)(answer))) == []
-    other = get("/described", before_request=_let_through, **described)(answer)
-    assert list(_open(other)) == ["['GET'] /api/v1/described"]
+    for other in (
+        get("/described", before_request=_let_through, **described)(answer),
+        get("/described", cache=60, **described)(answer),
+    ):
+        assert list(_open(other)) == ["['GET'] /api/v1/described"]
+
+    async def below_http(scope: LitestarScope, receive: Receive, send: Send) -> None: ...
+
+    assert list(_open(asgi("/below", copy_scope=True, **described)(below_http))) == [
+        "/api/v1/below"
+    ]
 
 
 async def test_the_app_does_not_start_with_a_route_that_has_no_scope(
@@ -285,7 +296,7 @@ async def test_the_app_does_not_start_with_a_route_that_has_no_scope(
                 "deliveries_router",
                 lambda _, handler=handler: Router("/deliveries", route_handlers=[handler]),
             )
-            with pytest.raises(RuntimeError, match=r"nobody has said who may call .*GET.*/api/v1"):
+            with pytest.raises(RuntimeError, match=r"nobody is asked for a key .*GET.*/api/v1"):
                 create_app(settings)
 
 

@@ -7,6 +7,7 @@ import pytest
 from user_service_server.settings import Settings
 
 from ..engines import settings_for
+from .test_users import register
 
 OURS = "https://admin.example.com"
 ALSO_OURS = "http://localhost:5173"
@@ -15,7 +16,8 @@ USER = "/api/v1/users/01a205c7-a743-7a16-a135-c839ba84936e"
 
 @pytest.fixture(scope="module")
 def settings(database_url: str, redis_url: str) -> Settings:
-    return settings_for(database_url, redis_url, CORS_ORIGINS=f"{OURS}, {ALSO_OURS}")
+    origins = f"{OURS}, {ALSO_OURS}"
+    return settings_for(database_url, redis_url, CORS_ORIGINS=origins, PASSWORD_REQUIRED="false")
 
 
 def told(answer: httpx.Response) -> dict[str, str]:
@@ -40,7 +42,13 @@ async def test_a_named_origin_is_told_what_it_may_do(http: httpx.AsyncClient) ->
 
 async def test_a_named_origin_may_read_answers_and_errors(http: httpx.AsyncClient) -> None:
     """What the answer varies by is told beside what it varied by before."""
-    for path, status in ((USER, 404), ("/api/v1/users", 200), ("/nowhere", 404)):
+    user = await register(http, password=None)
+    for path, status in (
+        (f"/api/v1/users/{user['id']}", 200),
+        (USER, 404),
+        ("/api/v1/users", 200),
+        ("/nowhere", 404),
+    ):
         answer = await http.get(path, headers={"Origin": OURS})
         assert answer.status_code == status
         assert answer.headers["Access-Control-Allow-Origin"] == OURS

@@ -3,13 +3,18 @@
 import json
 import re
 from collections.abc import AsyncIterator
+from typing import Any
 
 import httpx
 import pytest
-from litestar import get
+from litestar import Litestar, get
+from litestar.types import Message
+from structlog.testing import capture_logs
 from user_service_schemas import STATUS_OF, ErrorCode
 from user_service_server.app import create_app
 from user_service_server.settings import Settings
+
+from .test_users import register
 
 NOBODY = "/api/v1/users/01a205c7-a743-7a16-a135-c839ba84936e"
 PROBLEM_JSON = "application/problem+json"
@@ -170,3 +175,52 @@ async def test_unknown_methods_do_not_multiply_the_metrics(http: httpx.AsyncClie
     for number in range(3):
         await http.request(f"BREW{number}", "/nope")
     assert "BREW" not in (await http.get("/metrics")).text
+
+
+@pytest.mark.parametrize("path", [NOBODY, "/nowhere", "/health/live"])
+@pytest.mark.parametrize("refused", ["http.response.start", "http.response.body"])
+async def test_an_answer_that_cannot_be_sent_is_a_crash_after_which_no_other_begins(
+    app: Litestar, path: str, refused: str
+) -> None:
+    await _crashes_once(app, path, refused)
+
+
+@pytest.mark.parametrize("refused", ["http.response.start", "http.response.body"])
+async def test_a_user_who_cannot_be_sent_is_such_a_crash(
+    app: Litestar, http: httpx.AsyncClient, refused: str
+) -> None:
+    user = await register(http)
+    await _crashes_once(app, f"/api/v1/users/{user['id']}", refused)
+
+
+async def _crashes_once(app: Litestar, path: str, refused: str) -> None:
+    sent: list[str] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message["type"])
+        if message["type"] == refused:
+            raise RuntimeError("the secret of the inside")
+
+    async def receive() -> Any:
+        raise NotImplementedError  # nobody reads a body
+
+    scope: Any = {
+        "type": "http",
+        "http_version": "1.1",
+        "method": "GET",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": [(b"host", b"test")],
+        "client": None,
+        "server": ("test", 80),
+        "state": {},
+    }
+    with capture_logs() as logged:
+        await app(scope, receive, send)
+    expected = ["http.response.start", "http.response.body"]
+    assert sent == expected[: expected.index(refused) + 1]
+    assert [line["event"] for line in logged] == ["request.crashed"]
+    assert "secret" not in str(logged)

@@ -170,12 +170,14 @@ def create_app(settings: Settings, draining: asyncio.Event | None = None) -> Lit
         logging_config=None,
     )
     if forgotten := list(open_routes(app, admit)):
-        raise RuntimeError(f"nobody has said who may call {', '.join(forgotten)}")
-    # Around the router, so that what no route was found for is observed, too.
+        raise RuntimeError(f"nobody is asked for a key with a scope by {', '.join(forgotten)}")
+    routed, told = app.asgi_handler, None
+    if settings.cors_origins:
+        origins = CrossOrigin(routed, settings.cors_origins)
+        routed, told = origins, origins.told
     log = RequestLog(settings.log_level, settings.log_format)
-    origins = CrossOrigin(app.asgi_handler, settings.cors_origins)
-    told = origins.told if settings.cors_origins else None
-    observation = Observation(origins, metrics, log, settings.body_timeout, told)
+    # Around the router, so that what no route was found for is observed, too.
+    observation = Observation(routed, metrics, log, settings.body_timeout, told)
     app.asgi_handler = DirectUsers(observation, gate, documents)
     return app
 

@@ -12,7 +12,7 @@ from user_service_schemas import Change, Changes, ErrorCode, Scope
 from ..http.answers import HTTPRequest, ReadyAnswer, answer
 from ..http.callers import caller_of
 from ..http.operations import operation
-from ..http.requests import PageLimit
+from ..http.requests import PageLimit, header
 from ..keys.ring import KeyRing
 from ..metrics import Metrics
 from ..settings import Settings
@@ -83,7 +83,7 @@ def changes_router(
         ),
     )
     async def stream_changes(request: HTTPRequest) -> ChangeStream:
-        last = request.headers.get("last-event-id")
+        last = header(request.scope, b"last-event-id")
         caller = caller_of(request)
         stream = ChangeStream(
             feed,

@@ -102,16 +102,23 @@ def _address_of(scope: HTTPScope, proxy_hops: int) -> str:
 
 
 def open_routes(app: Litestar, admit: Admission) -> Iterator[str]:
-    """Yield the routes under /api that are not admitted to, or of no scope: there must be none."""
+    """Yield the routes under /api that Litestar answers without `admit`, or that have no scope."""
     for route in app.routes:
-        if isinstance(route, HTTPRoute) and route.path.startswith("/api/"):
-            for handler in route.route_handlers:
-                operation = handler.opt.get("operation")
-                # Litestar answers OPTIONS by itself, with the methods that there are.
-                if set(handler.http_methods) - {"OPTIONS"} and (
-                    operation is None
-                    or operation.scope is None
-                    # The one of a handler or of a router below would take this one's place.
-                    or handler.resolve_before_request() is not admit
-                ):
-                    yield f"{sorted(handler.http_methods)} {route.path}"
+        if not route.path.startswith("/api/"):
+            continue
+        if not isinstance(route, HTTPRoute):  # ASGI's and WebSocket's have no such hook
+            yield route.path
+            continue
+        for handler in route.route_handlers:
+            operation = handler.opt.get("operation")
+            is_guarded = (
+                # A hook of the handler's, or of a router's below, takes this one's place.
+                handler.resolve_before_request() is admit
+                # What Litestar has cached it answers before.
+                and not handler.cache
+                and operation is not None
+                and operation.scope is not None
+            )
+            # Litestar answers OPTIONS by itself, with the methods that there are.
+            if not is_guarded and set(handler.http_methods) - {"OPTIONS"}:
+                yield f"{sorted(handler.http_methods)} {route.path}"

@@ -31,7 +31,11 @@ _VARY = (b"vary", b"Origin")
 
 
 class CrossOrigin:
-    """Answers preflights where origins are named. Cookies are no part of it: there are none."""
+    """Answers preflights where origins are named. Cookies are no part of it: there are none.
+
+    Which origin is allowed is among what it has `told` beside each answer: it is for the
+    observation to send that, with preflights as well.
+    """
 
     def __init__(self, app: ASGIApp, origins: Collection[str]) -> None:
         self._app = app

@@ -14,6 +14,7 @@ from user_service_schemas import ErrorCode, FieldError, RuleViolation
 from ..errors import Invalid, MalformedBody, ServiceError
 from ..logs import describe
 from .answers import HTTPRequest, error_answer
+from .requests import header
 
 _log = structlog.get_logger()
 
@@ -58,7 +59,7 @@ def answer_failure(request: HTTPRequest, error: Exception) -> Response[bytes]:
     return error_answer(
         meaning(error),
         request_id=request.scope["state"]["request_id"],
-        accept=request.headers.get("accept", ""),
+        accept=header(request.scope, b"accept") or "",
     )
 
 

@@ -42,9 +42,9 @@ _NO_SNIFFING = (b"x-content-type-options", b"nosniff")
 
 
 class Observation:
-    """Wraps the whole app: also what no route was found for, and what crashed.
+    """Wraps the router: observes also what no route was found for, and what crashed.
 
-    `told` returns what else every answer has besides, by the headers of its request.
+    `told` returns what every answer has besides, by the headers of its request.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Observation:
             if scope["method"] in _WITH_BODY:
                 receive = _in_time(receive, self._body_timeout)
             await self._app(*_as_get(scope, receive, observed.telling(send)))
-        except Exception as error:  # noqa: BLE001 - the last net, below it is only the socket
+        except Exception as error:  # noqa: BLE001 - the last net
             await observed.fail(error, receive, send)
         finally:
             observed.end()
@@ -118,8 +118,11 @@ class Observed:
         """Answer with what an exception means, if there was no answer yet."""
         if self.status:
             meaning(error)  # it is logged; nobody can be told any more
-        else:
+            return
+        try:
             await send_failure(error, self._scope, receive, self.telling(send))
+        except Exception as unsent:  # noqa: BLE001 - below it is only the socket
+            meaning(unsent)
 
     def end(self) -> None:
         """Log and count it."""

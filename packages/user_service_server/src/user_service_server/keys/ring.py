@@ -14,7 +14,6 @@ from collections.abc import Callable
 from contextvars import Context
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
 from time import monotonic
 from typing import NamedTuple
 
@@ -263,9 +262,6 @@ class KeyRing:
         await self._note_used()
 
 
-# What was shown lately is remembered as it was shown, which is in the process's memory anyway: few
-# keys make all requests.
-@lru_cache(maxsize=1024)
 def _digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 

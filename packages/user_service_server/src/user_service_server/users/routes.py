@@ -78,8 +78,8 @@ async def answer_user(documents: Documents, scope: HTTPScope, user_id: str) -> R
 class DirectUsers:
     """Answers the most frequent request, a user by id, past Litestar, which costs half of it.
 
-    Whatever else is asked for is left to the observed app, where the same route is found again: by
-    what is written otherwise (an id in capitals, a slash at the end), and by OpenAPI.
+    Whatever else is asked for is left to the observed router, where the same route is found again:
+    by HEAD, by what is written otherwise (an id in capitals, a slash at the end), and by OpenAPI.
     """
 
     def __init__(self, observation: Observation, gate: Gate, documents: Documents) -> None:
