@@ -65,6 +65,10 @@ def _strangers_are_believed() -> None:
     state._RECOGNISE = text(source)
 
 
+def _recent_look() -> None:
+    StateWatcher.is_outdated = False  # type: ignore[assignment, method-assign]
+
+
 def _quiet_time() -> None:
     def is_quiet(_self: StateWatcher, _bucket: int) -> bool:
         return False
@@ -115,6 +119,7 @@ RULES: Mapping[str, Callable[[], None]] = {
     "generation_unannounced": _conclude_never_raises,
     "generation_unpublished": _never_left_behind,
     "generation_stranger": _strangers_are_believed,
+    "recent_look": _recent_look,
     "quiet_time": _quiet_time,
     "detached_futures": _detached_futures,
     "quiet_announcement": _quiet_announcement,

@@ -20,6 +20,7 @@ TESTS = {
     "generation_unannounced": "test_generation_is_raised_by_a_write_that_could_not_announce",
     "generation_unpublished": "test_generation_is_raised_by_a_write_that_could_not_publish",
     "generation_stranger": "test_generation_is_raised_for_a_redis_that_nobody_has_seen",
+    "recent_look": "test_server_that_stood_still_looks_before_it_believes_the_cache",
     "quiet_time": "test_quiet_time_after_a_raise_keeps_reads_from_filling",
     "detached_futures": "test_futures_are_detached_by_a_write",
     "quiet_announcement": "test_write_announced_in_a_quiet_time_stores_nothing",

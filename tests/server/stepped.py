@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import math
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
@@ -246,13 +247,25 @@ class SteppedDocuments(Documents):
         return await super()._join_flight(user_id, fill)
 
 
+class SteppedState(StateWatcher):
+    """For whom no time passes between the looks of the world, until it stalls."""
+
+    async def _look(self) -> None:
+        await super()._look()
+        self._looked_at = math.inf
+
+    def stall(self) -> None:
+        """Let the last look be long ago."""
+        self._looked_at = -math.inf
+
+
 class Replica:
     """The storage of one server."""
 
     def __init__(self, settings: Settings) -> None:
         metrics = Metrics()
         self.database = Database(settings)
-        self.state = StateWatcher(settings, self.database, metrics)
+        self.state = SteppedState(settings, self.database, metrics)
         self.link = SteppedLink(settings, self.state.recognise)
         shape = DocumentShape(settings)
         self.cache = DocumentCache(

@@ -112,6 +112,20 @@ async def test_generation_is_raised_by_a_write_that_could_not_announce(
     assert await there.read(user) == 2, "what was cached before is still believed"
 
 
+async def test_server_that_stood_still_looks_before_it_believes_the_cache(
+    world: World, here: Replica, there: Replica
+) -> None:
+    user = await world.user()
+    assert await there.read(user) == 1
+    here.link.cut = True
+    assert await here.write(user) == 2
+    here.link.cut = False
+    there.state.stall()
+    assert await there.read(user) == 2, "what was cached before the stall is still believed"
+    there.state.stall()
+    assert (await there.documents.get_many([user]))[user].version == 2
+
+
 async def test_generation_is_raised_by_a_write_that_could_not_publish(
     world: World, here: Replica, there: Replica
 ) -> None:

@@ -5,12 +5,15 @@ does to what was known of it before; and what the checker of all this condemns.
 """
 
 import asyncio
+import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, NamedTuple
 
 import asyncpg
 import httpx
+import psutil
 import pytest
 import redis
 from user_service_server.settings import load_settings
@@ -21,7 +24,7 @@ from ..chaos.history import GONE, NEVER, History, Move, Read, Write, lag, violat
 from ..chaos.load import PAST_THE_CACHE, Load
 from ..chaos.replicas import Replicas, replicas
 from .traffic import register
-from .trouble import until
+from .trouble import paused, until
 
 # A busy machine is late, and nothing is cached for ten seconds after a Redis that was.
 PATIENT = {"REDIS_TIMEOUT_MS": "2000"}
@@ -74,6 +77,58 @@ async def test_what_a_killed_server_committed_and_did_not_publish_is_read(
             await http.patch(first.url + path, json={"name": "Committed"})
         assert (await http.get(second.url + path)).json()["data"]["name"] == "Committed"
     await asyncio.to_thread(first.start)
+
+
+@asynccontextmanager
+async def locked(
+    replicas: Replicas, user: str
+) -> AsyncIterator[Callable[[], Coroutine[Any, Any, bool]]]:
+    """Lock a user for a while; gives what tells whether anybody waits for that."""
+    socket = {"host": str(replicas.postgres.socket_dir), "user": "postgres"}
+    holder = await asyncpg.connect(**socket, database="replicas")
+    watcher = await asyncpg.connect(**socket, database="replicas")
+
+    async def is_waiting() -> bool:
+        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        return bool(await watcher.fetchval(waiting))
+
+    try:
+        async with holder.transaction():
+            await holder.execute("SELECT FROM users WHERE id = $1 FOR UPDATE", user)
+            yield is_waiting
+    finally:
+        await holder.close()
+        await watcher.close()
+
+
+async def test_a_server_that_stood_still_does_not_read_what_was_left_behind_meanwhile(
+    replicas: Replicas,
+) -> None:
+    first, second = replicas.servers
+    (user,) = await register(second.url, 1, prefix=uuid.uuid4().hex)
+    path = f"/api/v1/users/{user}"
+    async with httpx.AsyncClient(base_url=second.url, timeout=10) as http:
+        async with AsyncExitStack() as stack:
+            async with locked(replicas, user) as is_waiting:
+                writing = asyncio.create_task(http.patch(path, json={"name": "Left behind"}))
+                await until(is_waiting, 2)
+                # It has announced itself, and cannot publish in time; Redis hears of it late.
+                await stack.enter_async_context(paused(replicas.valkey))
+            assert (await writing).status_code == 200
+        answer = await http.get(first.url + path)
+        assert answer.json()["data"]["name"] == "Left behind"
+        process = psutil.Process(first.pid)
+        process.suspend()
+        try:
+            stopped = time.monotonic()
+            assert (await http.patch(path, json={"name": "Written"})).status_code == 200
+            # The requests are there when it goes on: no look comes before them.
+            reading = [asyncio.create_task(http.get(first.url + path)) for _ in range(5)]
+            await asyncio.sleep(max(0.1, stopped + SECOND_BOUND - time.monotonic()))
+        finally:
+            process.resume()
+        names = [(await one).json()["data"]["name"] for one in reading]
+    assert names == ["Written"] * 5
 
 
 class Known(NamedTuple):
@@ -212,29 +267,16 @@ async def test_a_write_under_way_while_the_epoch_is_renewed_is_read_afterwards(
 ) -> None:
     (user,) = await register(replicas.servers[0].url, 1, prefix=uuid.uuid4().hex)
     path = f"/api/v1/users/{user}"
-    socket = {"host": str(replicas.postgres.socket_dir), "user": "postgres"}
-    holder = await asyncpg.connect(**socket, database="replicas")
-    watcher = await asyncpg.connect(**socket, database="replicas")
     first, second = (
         httpx.AsyncClient(base_url=server.url, timeout=10) for server in replicas.servers
     )
-
-    async def is_waiting() -> bool:
-        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-        return bool(await watcher.fetchval(waiting))
-
     async with first, second:
-        transaction = holder.transaction()
-        await transaction.start()
-        await holder.execute("SELECT FROM users WHERE id = $1 FOR UPDATE", user)
-        writing = asyncio.create_task(second.patch(path, json={"name": "Written"}))
-        await until(is_waiting, 2)
-        await renew_epoch(replicas)
-        for _ in range(2):
-            assert (await first.get(path)).json()["data"]["version"] == 1
-        await transaction.rollback()
-        await holder.close()
-        await watcher.close()
+        async with locked(replicas, user) as is_waiting:
+            writing = asyncio.create_task(second.patch(path, json={"name": "Written"}))
+            await until(is_waiting, 2)
+            await renew_epoch(replicas)
+            for _ in range(2):
+                assert (await first.get(path)).json()["data"]["version"] == 1
         assert (await writing).status_code == 200
         for http in (first, second):
             assert (await http.get(path)).json()["data"]["name"] == "Written"

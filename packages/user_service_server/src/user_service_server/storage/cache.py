@@ -174,13 +174,13 @@ class DocumentCache:
         if not self._wanted:
             loop.call_soon(self._flush)
         future: asyncio.Future[StoredDocument | Absence] = loop.create_future()
-        self._wanted.setdefault(self._key(user_id), []).append(future)
+        self._wanted.setdefault(user_id, []).append(future)
         return future
 
     def _flush(self) -> None:
         wanted, self._wanted = self._wanted, {}
         # Of one server it is a future already, and needs no task.
-        found = asyncio.ensure_future(self._link.strings(list(wanted)))
+        found = asyncio.ensure_future(self._strings(wanted))
         self._flushes.add(found)
         found.add_done_callback(partial(self._answer, wanted))
 
@@ -209,13 +209,22 @@ class DocumentCache:
 
         Not each by `get`: a thousand futures cost as much as all the rest.
         """
-        namespaces = self._state.namespaces
-        keys = [namespaces[bucket_of(user_id)] + user_id for user_id in ids]
-        answers = list(map(self._parse, await self._link.strings(keys)))
+        answers = list(map(self._parse, await self._strings(ids)))
         bypasses, misses = answers.count(BYPASS), answers.count(MISS)
         self._bypasses.inc(bypasses)
         self._hits.inc(len(answers) - bypasses - misses)
         return answers
+
+    def _strings(self, ids: Iterable[str]) -> Awaitable[list[Any]]:
+        """Ask for what lies under the keys of `ids`, as they are by now."""
+        if self._state.is_outdated:
+            return self._strings_anew(ids)
+        namespaces = self._state.namespaces
+        return self._link.strings([namespaces[bucket_of(user_id)] + user_id for user_id in ids])
+
+    async def _strings_anew(self, ids: Iterable[str]) -> list[Any]:
+        await self._state.catch_up()
+        return await self._link.strings(list(map(self._key, ids)))
 
     async def lease(self, ids: Iterable[str]) -> dict[str, str]:
         """Ask to fill `ids`; returns the leases that were got, by id.

@@ -6,9 +6,11 @@ And which servers of Redis were seen, and the schema that all stand on.
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import time
 from collections.abc import Collection, Mapping, Sequence
+from contextvars import Context
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -28,6 +30,11 @@ from .tables import REVISION, cache_generations, service_state
 POLL_INTERVAL = 0.5
 """Seconds between two looks: how long a process may not know of a new epoch or generation."""
 POLL_TIMEOUT = 1.0
+BELIEVED_FOR = 0.9
+"""Seconds from the beginning of a look for which what it read is believed: within the second that
+is promised. Older it is where the process, its event loop or its machine stood still."""
+LOOKS = 2
+"""How often is looked anew: one that was under way in a stall may be as old."""
 QUIET = 10.0
 """Seconds after a raise of a generation in which nothing of its bucket is filled: longer than a
 write that announced itself before may still take (`database.TRANSACTION_TIMEOUT`)."""
@@ -158,6 +165,7 @@ class StateWatcher:
         self._watch = Periodic("state-watcher", self.look, lambda: POLL_INTERVAL)
         self._looking: asyncio.Task[None] | None = None
         self._current = SharedState()
+        self._looked_at = -math.inf
         self.latency: float | None = None
 
     @property
@@ -204,21 +212,35 @@ class StateWatcher:
             await asyncio.sleep(POLL_INTERVAL)
         self._watch.start()
 
+    @property
+    def is_outdated(self) -> bool:
+        """Whether to look again before the cache is believed. Without Postgres there is no way."""
+        age = time.monotonic() - self._looked_at
+        return age > BELIEVED_FOR and self._database.reachable
+
+    async def catch_up(self) -> None:
+        """Look as long as what is known is outdated."""
+        for _ in range(LOOKS):
+            if self.is_outdated:
+                await self.look()
+
     async def look(self) -> None:
         """Look; looks at the same time are one, so that none brings an old state back.
 
         What cannot be read leaves the last state, and says that Postgres is gone.
         """
         if self._looking is None or self._looking.done():
-            self._looking = asyncio.create_task(self._look(), name="state-look")
+            # In a context of its own: it is part of no request.
+            self._looking = asyncio.create_task(self._look(), name="state-look", context=Context())
         await asyncio.shield(self._looking)
 
     async def _look(self) -> None:
-        began = time.perf_counter()
+        began = time.monotonic()
         try:
             async with asyncio.timeout(POLL_TIMEOUT):
                 await self._read()
-            self.latency = time.perf_counter() - began
+            self._looked_at = began
+            self.latency = time.monotonic() - began
             reachable = True
         except Exception as error:  # noqa: BLE001 - whatever it is, the watch must go on
             if not isinstance(error, DependencyUnavailable | Overloaded | TimeoutError):
