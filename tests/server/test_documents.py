@@ -646,6 +646,7 @@ class State:
 
     epoch: str
     quiet: bool = False
+    is_outdated: bool = False
 
     def generation(self, _bucket: int) -> int:
         return 1
