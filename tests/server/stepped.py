@@ -327,6 +327,14 @@ class Replica:
         """Change users, and return the first one's version."""
         return await self.writing(*user_ids).finish()
 
+    async def write_cut_off(self, user_id: str) -> int | None:
+        """Change a user while Redis cannot be reached, and return the version."""
+        self.link.cut = True
+        try:
+            return await self.write(user_id)
+        finally:
+            self.link.cut = False
+
     async def _read(self, user_id: str) -> int | None:
         try:
             return (await self.documents.get(user_id)).version

@@ -46,9 +46,7 @@ async def there(world: World) -> Replica:
 async def raise_generation(world: World, replica: Replica) -> None:
     """Write somebody else while the replica is cut off from Redis; all replicas look."""
     stranger = await world.user()
-    replica.link.cut = True
-    await replica.write(stranger)
-    replica.link.cut = False
+    await replica.write_cut_off(stranger)
     await world.look()
 
 
@@ -104,9 +102,7 @@ async def test_generation_is_raised_by_a_write_that_could_not_announce(
 ) -> None:
     user = await world.user()
     assert await there.read(user) == 1
-    here.link.cut = True
-    assert await here.write(user) == 2
-    here.link.cut = False
+    assert await here.write_cut_off(user) == 2
     assert await here.read(user) == 2, "the writing server does not see its own write"
     await world.look()
     assert await there.read(user) == 2, "what was cached before is still believed"
@@ -117,9 +113,7 @@ async def test_server_that_stood_still_looks_before_it_believes_the_cache(
 ) -> None:
     user = await world.user()
     assert await there.read(user) == 1
-    here.link.cut = True
-    assert await here.write(user) == 2
-    here.link.cut = False
+    assert await here.write_cut_off(user) == 2
     there.state.stall()
     assert await there.read(user) == 2, "what was cached before the stall is still believed"
     there.state.stall()
@@ -286,9 +280,7 @@ async def test_write_announced_in_a_quiet_time_stores_nothing(
     user = await world.user()
     await raise_generation(world, there)
     announced = await here.writing(user, stops=WRITING).until("publish")
-    there.link.cut = True
-    assert await there.write(user) == 3
-    there.link.cut = False
+    assert await there.write_cut_off(user) == 3
     assert await announced.finish() == 2
     await world.age(20)
     assert await there.read(user) == 3, "version 2 was stored after an unannounced version 3"
@@ -424,9 +416,7 @@ async def test_write_that_announces_after_a_raise_that_came_in_between_stores_no
     waited = await here.writing(user, stops=("lock_names", "publish")).until("lock_names")
     await raise_generation(world, there)
     await waited.until("publish")
-    there.link.cut = True
-    assert await there.write(user) == 3
-    there.link.cut = False
+    assert await there.write_cut_off(user) == 3
     assert await waited.finish() == 2
     await world.age(20)
     assert await there.read(user) == 3, "version 2 was stored after an unannounced version 3"
@@ -441,9 +431,7 @@ async def test_write_whose_second_user_is_announced_in_a_quiet_time_stores_nothi
     await raise_generation(world, there)
     await moving.step()
     await moving.until("publish")
-    there.link.cut = True
-    assert await there.write(other) == 3
-    there.link.cut = False
+    assert await there.write_cut_off(other) == 3
     await moving.finish()
     await world.age(20)
     assert await there.read(other) == 3, "version 2 was stored after an unannounced version 3"
@@ -502,9 +490,7 @@ async def test_clock_of_postgres_that_steps_back_does_not_hide_an_unannounced_wr
     await world.step_clock(-3600)
     await world.age(20)
     assert await there.read(user) == 1
-    here.link.cut = True
-    assert await here.write(user) == 2
-    here.link.cut = False
+    assert await here.write_cut_off(user) == 2
     await world.look()
     assert await there.read(user) == 2, "no raise, since the last one lies in the future"
 

@@ -219,12 +219,11 @@ class DocumentCache:
         """Ask for what lies under the keys of `ids`, as they are by now."""
         if self._state.is_outdated:
             return self._strings_anew(ids)
-        namespaces = self._state.namespaces
-        return self._link.strings([namespaces[bucket_of(user_id)] + user_id for user_id in ids])
+        return self._link.strings(self._keys(ids))
 
     async def _strings_anew(self, ids: Iterable[str]) -> list[Any]:
         await self._state.catch_up()
-        return await self._link.strings(list(map(self._key, ids)))
+        return await self._link.strings(self._keys(ids))
 
     async def lease(self, ids: Iterable[str]) -> dict[str, str]:
         """Ask to fill `ids`; returns the leases that were got, by id.
@@ -306,6 +305,10 @@ class DocumentCache:
             self._publications.labels(result).inc()
         answered = zip(announcement.keys, replies, strict=True)
         return {bucket_of(user_id) for user_id, reply in answered if not isinstance(reply, bytes)}
+
+    def _keys(self, ids: Iterable[str]) -> list[str]:
+        namespaces = self._state.namespaces
+        return [namespaces[bucket_of(user_id)] + user_id for user_id in ids]
 
     def _key(self, user_id: str) -> str:
         return self._state.namespaces[bucket_of(user_id)] + user_id
