@@ -30,7 +30,7 @@ from user_service_server.settings import Settings
 from user_service_server.storage import cache as cache_module
 from user_service_server.storage import replica as standbys
 from user_service_server.storage.buckets import bucket_of, hash_tag
-from user_service_server.storage.cache import DocumentCache
+from user_service_server.storage.cache import Absence, DocumentCache
 from user_service_server.storage.database import Database
 from user_service_server.storage.document import DocumentShape, StoredDocument
 from user_service_server.storage.documents import Documents, Write
@@ -163,8 +163,10 @@ async def _reach(point: str) -> None:
 
 
 def _point_of(command: Command) -> str:
+    if command[0] == "SET":
+        return "lease"
     scripts = {
-        cache_module._LEASE: "lease",
+        cache_module._LEASE_FOREIGN: "lease",
         cache_module._ANNOUNCE: "announce",
         cache_module._FILL: "fill",
         cache_module._PUBLISH: "publish",
@@ -241,10 +243,10 @@ class SteppedLink(RedisLink):
 class SteppedDocuments(Documents):
     """Documents that tell an errand that it waits for the read of another."""
 
-    async def _join_flight(self, user_id: str, fill: bool) -> StoredDocument | None:
+    async def _join_flight(self, user_id: str, absence: Absence) -> StoredDocument | None:
         if user_id in self._flights and (errand := _errand.get()):
             errand.wake()
-        return await super()._join_flight(user_id, fill)
+        return await super()._join_flight(user_id, absence)
 
 
 class SteppedState(StateWatcher):

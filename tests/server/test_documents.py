@@ -19,6 +19,7 @@ from user_service_server.settings import Settings
 from user_service_server.storage.buckets import BUCKETS, bucket_of
 from user_service_server.storage.cache import (
     BYPASS,
+    FOREIGN,
     LEASE_TTL_MS,
     MARKER_TTL_MS,
     MISS,
@@ -695,7 +696,7 @@ def at(version: int) -> StoredDocument:
 
 async def is_announced(cache: DocumentCache) -> bool:
     """Whether there is no document, and nobody is let to fill one."""
-    return not isinstance(await cache.get(U), StoredDocument) and not await cache.lease([U])
+    return not isinstance(await cache.get(U), StoredDocument) and not await cache.lease({U: MISS})
 
 
 async def test_the_last_writer_publishes(cache: DocumentCache) -> None:
@@ -744,7 +745,7 @@ async def test_an_update_that_publishes_after_a_deletion_brings_nobody_back(
 async def test_a_deletion_whose_announcement_was_evicted_leaves_no_document(
     cache: DocumentCache,
 ) -> None:
-    leases = await cache.lease([U])
+    leases = await cache.lease({U: MISS})
     await cache.fill({U: at(2)}, leases)
     await cache.publish(said(cache, "deletion"), {U: Outcome(3, None)})
     assert await cache.get(U) is MISS
@@ -759,7 +760,7 @@ async def test_a_write_that_began_in_a_quiet_time_stores_nothing(cache: Document
 
 
 async def test_an_announcement_takes_document_and_lease_away(cache: DocumentCache) -> None:
-    leases = await cache.lease([U])
+    leases = await cache.lease({U: MISS})
     await announce(cache, "writer")
     await cache.fill({U: at(1)}, leases)
     assert await is_announced(cache)
@@ -784,31 +785,31 @@ async def test_a_writer_whose_announcement_was_evicted_stores_nothing(
 
     await announce(cache, "writer")
     await evict()
-    leases = await cache.lease([U])
+    leases = await cache.lease({U: MISS})
     await cache.fill({U: at(2)}, leases)
     await publish(cache, at(3), "writer")
     assert await cache.get(U) is MISS, "an older document is removed"
 
-    leases = await cache.lease([U])
+    leases = await cache.lease({U: MISS})
     await publish(cache, at(3), "writer")
     await cache.fill({U: at(2)}, leases)
     assert await cache.get(U) is MISS, "and so is the lease of who may have read it"
 
-    leases = await cache.lease([U])
+    leases = await cache.lease({U: MISS})
     await cache.fill({U: at(4)}, leases)
     await publish(cache, at(3), "writer")
     assert await cache.get(U) == at(4), "a newer one stays"
 
 
 async def test_a_lease_is_one_readers(cache: DocumentCache, stored: redis.asyncio.Redis) -> None:
-    stalled = await cache.lease([U])
+    stalled = await cache.lease({U: MISS})
     assert set(stalled) == {U}
-    assert await cache.lease([U]) == {}
+    assert await cache.lease({U: MISS}) == {}
     assert await cache.get(U) is BYPASS
     (key,) = await stored.keys(f"*{cache._state.epoch}*")
     assert 0 < await stored.pttl(key) <= LEASE_TTL_MS
     await stored.delete(key)
-    prompt = await cache.lease([U])
+    prompt = await cache.lease({U: MISS})
     await cache.fill({U: at(5)}, stalled)
     assert await cache.get(U) is BYPASS
     await cache.fill({U: at(6)}, prompt)
@@ -816,6 +817,25 @@ async def test_a_lease_is_one_readers(cache: DocumentCache, stored: redis.asynci
     await cache.fill({U: at(5)}, stalled)
     assert await cache.get(U) == at(6)
     assert 270_000 <= await stored.pttl(key) <= 300_000
+
+
+async def test_a_document_of_another_format_is_anybodys_to_replace(
+    cache: DocumentCache, stored: redis.asyncio.Redis
+) -> None:
+    """As after a release, or a setting that shapes documents: not after five minutes, but now."""
+    await cache.fill({U: at(1)}, await cache.lease({U: MISS}))
+    (key,) = await stored.keys(f"*{cache._state.epoch}*")
+    await stored.set(key, b"D1 other\n{}")
+    assert await cache.get(U) is FOREIGN
+    assert await cache.get_many([U]) == [FOREIGN]
+    leases = await cache.lease({U: FOREIGN})
+    assert await cache.lease({U: FOREIGN}) == {}, "it is leased already"
+    await cache.fill({U: at(2)}, leases)
+    assert await cache.get(U) == at(2)
+    assert await cache.lease({U: FOREIGN}) == {}, "another reader has replaced it"
+    await announce(cache, "writer")
+    assert await cache.lease({U: FOREIGN}) == {}, "a writer is at it"
+    assert await cache.lease({U: BYPASS}) == {}
 
 
 async def test_the_announcement_of_a_crashed_writer_expires_for_the_others(
@@ -834,7 +854,7 @@ async def test_gets_of_one_turn_share_a_round_trip(
     cache: DocumentCache, stored: redis.asyncio.Redis
 ) -> None:
     ids = [str(uuid4()) for _ in range(50)]
-    leases = await cache.lease(ids[:25])
+    leases = await cache.lease(dict.fromkeys(ids[:25], MISS))
     await cache.fill({user_id: at(1) for user_id in leases}, leases)
     before = await stored.info("commandstats")
     found = await cache.get_many(ids)

@@ -37,22 +37,23 @@ class Absence(Enum):
 
     MISS = "miss"
     """Nothing is there: who reads it from Postgres may fill it."""
+    FOREIGN = "foreign"
+    """A document of another format is there, which is as good as nothing."""
     BYPASS = "bypass"
     """A writer or another reader is at it, or Redis cannot be reached: read, do not fill."""
 
 
 MISS: Final = Absence.MISS
+FOREIGN: Final = Absence.FOREIGN
 BYPASS: Final = Absence.BYPASS
 
-# MGET answers nil for a marker, since it is a hash. A document of another format is as good as
-# none: the key does not name the format, since a write must be heard by the readers of every one.
-_LEASE = """
-local kind = redis.call('TYPE', KEYS[1]).ok
-if kind ~= 'none' then
-  if kind ~= 'string' then return false end
-  local format = string.match(redis.call('GET', KEYS[1]), '^D%d+ (%w+)')
-  if not format or format == ARGV[3] then return false end
-end
+# Where a document of another format lies, which the key does not name, since a write must be heard
+# by the readers of every one. Where nothing lies a lease is a SET, which takes Redis 5 µs, and not
+# 13. (MGET answers nil for a marker, too, since it is a hash.)
+_LEASE_FOREIGN = """
+if redis.call('TYPE', KEYS[1]).ok ~= 'string' then return false end
+local format = string.match(redis.call('GET', KEYS[1]), '^D%d+ (%w+)')
+if not format or format == ARGV[3] then return false end
 return redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 """
 _ANNOUNCE = """
@@ -210,7 +211,7 @@ class DocumentCache:
         Not each by `get`: a thousand futures cost as much as all the rest.
         """
         answers = list(map(self._parse, await self._strings(ids)))
-        bypasses, misses = answers.count(BYPASS), answers.count(MISS)
+        bypasses, misses = answers.count(BYPASS), answers.count(MISS) + answers.count(FOREIGN)
         self._bypasses.inc(bypasses)
         self._hits.inc(len(answers) - bypasses - misses)
         return answers
@@ -225,13 +226,13 @@ class DocumentCache:
         await self._state.catch_up()
         return await self._link.strings(self._keys(ids))
 
-    async def lease(self, ids: Iterable[str]) -> dict[str, str]:
-        """Ask to fill `ids`; returns the leases that were got, by id.
+    async def lease(self, absent: Mapping[str, Absence]) -> dict[str, str]:
+        """Ask to fill who is `absent`, and not to be bypassed; returns the leases, by id.
 
         None are given for 10 s after the bucket's generation was raised: writes that are still
         under way have announced themselves under the old one, or not at all.
         """
-        wanted = list(ids)
+        wanted = [user_id for user_id, absence in absent.items() if absence is not BYPASS]
         leases = {
             user_id: f"L{secrets.token_hex(8)}"
             for user_id in wanted
@@ -239,7 +240,9 @@ class DocumentCache:
         }
         replies = await self._link.run(
             [
-                _eval(_LEASE, self._key(user_id), lease, LEASE_TTL_MS, self._format)
+                _eval(_LEASE_FOREIGN, self._key(user_id), lease, LEASE_TTL_MS, self._format)
+                if absent[user_id] is FOREIGN
+                else ("SET", self._key(user_id), lease, "NX", "PX", LEASE_TTL_MS)
                 for user_id, lease in leases.items()
             ]
         )
@@ -327,7 +330,7 @@ class DocumentCache:
             return BYPASS
         version, document_format = said
         if document_format != self._format:
-            return MISS
+            return FOREIGN
         return StoredDocument(version=version, body=body)
 
     def _some_ttl(self) -> int:

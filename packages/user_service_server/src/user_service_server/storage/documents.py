@@ -23,7 +23,7 @@ from ..errors import (
     VersionMismatch,
 )
 from . import recorded_answers, revisions
-from .cache import MISS, Announcement, DocumentCache, Outcome
+from .cache import Absence, Announcement, DocumentCache, Outcome
 from .database import (
     TRANSACTION_TIMEOUT,
     Database,
@@ -264,7 +264,7 @@ class _Flight(NamedTuple):
     """A read of a document that is under way, and who waits for it."""
 
     user_id: str
-    fill: bool
+    absence: Absence
     began: float
     waiting: list[asyncio.Future[StoredDocument | None]]
 
@@ -319,7 +319,7 @@ class Documents:
         if isinstance(cached, StoredDocument):
             found: StoredDocument | None = cached
         else:
-            found = await self._join_flight(user_id, fill=cached is MISS)
+            found = await self._join_flight(user_id, cached)
         if found is not None and found.version < min_version:
             found = (await self._read_from_primary([user_id])).get(user_id)
         if found is None:
@@ -337,11 +337,15 @@ class Documents:
         """
         cached = dict(zip(ids, await self.cache.get_many(ids), strict=True))
         found = {i: doc for i, doc in cached.items() if isinstance(doc, StoredDocument)}
-        lacking = [i for i in cached if i not in found and not self._is_unknown(i)]
-        if lacking:
-            read = await self._load(lacking, [i for i in lacking if cached[i] is MISS])
+        absent = {
+            i: absence
+            for i, absence in cached.items()
+            if not isinstance(absence, StoredDocument) and not self._is_unknown(i)
+        }
+        if absent:
+            read = await self._load(absent)
             found |= read
-            for user_id in set(lacking) - read.keys():
+            for user_id in absent.keys() - read.keys():
                 self._remember_unknown(user_id)
         return found
 
@@ -549,7 +553,7 @@ class Documents:
             self._flights.pop(user_id, None)
             self._unknown.pop(user_id, None)
 
-    async def _join_flight(self, user_id: str, fill: bool) -> StoredDocument | None:
+    async def _join_flight(self, user_id: str, absence: Absence) -> StoredDocument | None:
         """Read a document from Postgres, once for all who miss it at the same time.
 
         All flights that begin in one turn of the event loop share their leases, their statement
@@ -560,7 +564,7 @@ class Documents:
         if flight is None or time.monotonic() - flight.began > FLIGHT_AGE:
             if not self._boarding:
                 loop.call_soon(self._take_off)
-            flight = self._flights[user_id] = _Flight(user_id, fill, time.monotonic(), [])
+            flight = self._flights[user_id] = _Flight(user_id, absence, time.monotonic(), [])
             self._boarding.append(flight)
         future: asyncio.Future[StoredDocument | None] = loop.create_future()
         flight.waiting.append(future)
@@ -572,10 +576,8 @@ class Documents:
 
     async def _fly(self, flights: Sequence[_Flight]) -> None:
         # Who wrote in this very turn has left an earlier flight of the same user behind.
-        ids = list(dict.fromkeys(flight.user_id for flight in flights))
-        missed = list(dict.fromkeys(flight.user_id for flight in flights if flight.fill))
         try:
-            found = await self._load(ids, missed)
+            found = await self._load({flight.user_id: flight.absence for flight in flights})
         except Exception as error:  # noqa: BLE001 - whatever it is, it is for those who wait
             for flight in flights:
                 self._forget(flight)
@@ -598,19 +600,17 @@ class Documents:
         del self._flights[flight.user_id]
         return True
 
-    async def _load(
-        self, ids: Sequence[str], missed: Sequence[str]
-    ) -> Mapping[str, StoredDocument]:
-        """Read documents from the replica or else from the primary, and cache those of `missed`.
+    async def _load(self, absent: Mapping[str, Absence]) -> Mapping[str, StoredDocument]:
+        """Read documents from the replica or else from the primary, and cache what may be.
 
         They are cached while the answer is already on its way.
         """
-        leases = await self.cache.lease(missed) if missed else {}
-        replicated = {i: read.stored() for i, read in (await self.replica.read(ids)).items()}
+        leases = await self.cache.lease(absent)
+        replicated = {i: read.stored() for i, read in (await self.replica.read(absent)).items()}
         if fill := {i: replicated[i] for i in leases if i in replicated}:
             current = self.replica.settle({i: document.version for i, document in fill.items()})
             self._in_background(self._fill_when_settled(fill, leases, current))
-        lacking = [user_id for user_id in ids if user_id not in replicated]
+        lacking = [user_id for user_id in absent if user_id not in replicated]
         read = await self._read_from_primary(lacking) if lacking else {}
         if fill := {i: read[i] for i in leases if i in read}:
             self._in_background(self.cache.fill(fill, leases))
