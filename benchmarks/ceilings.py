@@ -2,25 +2,39 @@
 
     python -m benchmarks.ceilings C0    # answers ready bytes
     python -m benchmarks.ceilings C1    # ready bytes out of Redis, by one GET of redis-py each time
+    python -m benchmarks.ceilings C2    # a miss with nothing around it: see `Misses`
+    python -m benchmarks.ceilings C6    # a change of preferences with nothing around it: `Changes`
 
-Nothing is parsed but the id in the path, and no header is sent that a client could do without.
+Nothing is parsed but the id in the path, and no header is sent that a client could do without. C2
+and C6 take the steps that the service takes, by its own statements, scripts and connections; what
+comes back is not looked at.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import asyncpg
 import uvloop
-from redis.asyncio import Redis
+from redis.asyncio import ConnectionPool, Redis
+from user_service_schemas import ChangeKind, Choices, preference_changes
+from user_service_server.preferences import repository
 from user_service_server.serving import Application, serve
-from user_service_server.settings import load_settings
+from user_service_server.settings import Settings, load_settings
+from user_service_server.storage import cache, document
+from user_service_server.storage.buckets import bucket_of
+from user_service_server.storage.wire import Wire
 
 from benchmarks import documents
+
+_POOL_SIZE = 10
+_TTL_MS = 300_000
 
 
 async def _send(send: Callable[[dict[str, Any]], Awaitable[None]], body: bytes) -> None:
@@ -66,11 +80,116 @@ class OneGet:
             yield
 
 
+class _OnEngines:
+    """What a ceiling has that asks both: one wire to Redis, and connections to PostgreSQL."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._ready = documents.success(documents.encoded(0))
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"].startswith("/api/"):
+            await receive()
+            await self.answer(scope["path"].split("/")[4])
+        await _send(send, self._ready)
+
+    async def answer(self, user_id: str) -> None:
+        """Do what is measured."""
+        raise NotImplementedError
+
+    @asynccontextmanager
+    async def lifespan(self) -> AsyncIterator[None]:
+        """Connect."""
+        redis = ConnectionPool.from_url(self._settings.redis_url)
+        connection = redis.connection_class(**redis.connection_kwargs)
+        await connection.connect()  # type: ignore[no-untyped-call]
+        self._wire = Wire(connection, timeout=1, lost=lambda _error: None)
+        url = self._settings.database_url.replace("+asyncpg", "")
+        utc = {"timezone": "UTC"}
+        async with asyncpg.create_pool(url, max_size=_POOL_SIZE, server_settings=utc) as self._pool:
+            rows = await self._pool.fetch("SELECT bucket, generation FROM cache_generations")
+            self._generations = dict(rows)
+            yield
+        self._wire.close()
+
+
+class Misses(_OnEngines):
+    """C2: all reads of a turn ask Redis, lease there, and ask PostgreSQL, once; stored behind."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self._waiting: dict[str, asyncio.Future[None]] = {}
+        self._flights: set[asyncio.Task[None]] = set()
+
+    async def answer(self, user_id: str) -> None:
+        """Read somebody, with all who are read in the same turn."""
+        loop = asyncio.get_running_loop()
+        if not self._waiting:
+            loop.call_soon(self._take_off)
+        await self._waiting.setdefault(user_id, loop.create_future())
+
+    def _take_off(self) -> None:
+        waiting, self._waiting = self._waiting, {}
+        flight = asyncio.create_task(self._fly(waiting))
+        self._flights.add(flight)
+        flight.add_done_callback(self._flights.discard)
+
+    async def _fly(self, waiting: dict[str, asyncio.Future[None]]) -> None:
+        await self._wire.strings(list(waiting))
+        lease = f"L{secrets.token_hex(8)}"
+        await self._wire.call(
+            [("SET", user_id, lease, "NX", "PX", cache.LEASE_TTL_MS) for user_id in waiting]
+        )
+        async with self._pool.acquire() as connection:
+            await connection.fetch(document._READ.text, list(waiting))
+        for future in waiting.values():
+            future.set_result(None)
+        await self._wire.call(
+            [("EVAL", cache._FILL, 1, user_id, lease, self._ready, _TTL_MS) for user_id in waiting]
+        )
+
+
+class Changes(_OnEngines):
+    """C6: read, announce, write and publish, always the same change."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        choices = Choices(email=True, push=True)
+        self._effects = repository.say(choices, preference_changes(None, choices), None)
+
+    async def answer(self, user_id: str) -> None:
+        """Change somebody's preferences."""
+        token, bucket = secrets.token_hex(8), bucket_of(user_id)
+        async with self._pool.acquire() as connection:
+            (row,) = await repository.READ.fetch(connection, {"id": user_id})
+            await self._run(cache._ANNOUNCE, user_id, token, cache.MARKER_TTL_MS)
+            version = row["version"]
+            await self._effects.statement.fetch(
+                connection,
+                {
+                    "id": user_id,
+                    "version": version,
+                    "at": row["now"],
+                    "kind": ChangeKind.PREFERENCES_UPDATED.value,
+                    "bucket": bucket,
+                    "generation": self._generations[bucket],
+                    "names": [],
+                    **self._effects.parameters,
+                },
+            )
+        await self._run(cache._PUBLISH, user_id, token, version + 1, self._ready, _TTL_MS)
+
+    async def _run(self, script: str, key: str, *arguments: object) -> None:
+        await self._wire.call([("EVAL", script, 1, key, *arguments)])
+
+
 async def _run(name: str) -> None:
     settings = load_settings(os.environ, None)
     apps: dict[str, Callable[[], Application]] = {
         "C0": ReadyBytes,
         "C1": lambda: OneGet(settings.redis_url),
+        "C2": lambda: Misses(settings),
+        "C6": lambda: Changes(settings),
     }
     await serve(apps[name](), settings, draining=asyncio.Event())
 

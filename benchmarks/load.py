@@ -160,8 +160,13 @@ def answered(*loads: Load) -> Goal:
     )
 
 
-def beside_peer(name: str, ours: Load, peer: Load, limit: float) -> Goal:
-    """Return the goal of so many times the peer's rate."""
+def beside_peer(
+    name: str, ours: Load, peer: Load, limit: float, bare: tuple[str, Load] | None = None
+) -> Goal:
+    """Return the goal of so many times the peer's rate; `bare` is a ceiling, by its name."""
+    ceiling = (
+        {} if bare is None else {bare[0]: bare[1].rate, f"{bare[0]} CPU µs": bare[1].cpu * 1e6}
+    )
     return Goal(
         name=name,
         figure=ours.rate,
@@ -177,6 +182,7 @@ def beside_peer(name: str, ours: Load, peer: Load, limit: float) -> Goal:
             "busy": ours.busy,
             "p99 ms": ours.p99 * 1e3,
             "P p99 ms": peer.p99 * 1e3,
+            **ceiling,
         },
     )
 

@@ -9,7 +9,14 @@ import httpx
 from benchmarks import documents, load, wire
 from benchmarks.budgets import Budget, Goal
 from benchmarks.load import Load, Requests, Running, answered, beside_peer
-from benchmarks.surroundings import PEER, SERVICE, USERS, Surroundings, cache_reads
+from benchmarks.surroundings import (
+    CEILINGS,
+    PEER,
+    SERVICE,
+    USERS,
+    Surroundings,
+    cache_reads,
+)
 from benchmarks.wire import taken_by
 
 ROUNDS = 5
@@ -22,7 +29,7 @@ COUNTED = 60
 
 def measure(surroundings: Surroundings) -> list[Budget]:
     """Measure it in turn with the peer's, each user once and after all was forgotten."""
-    server, peer = surroundings.server, surroundings.peer
+    server, peer, bare = surroundings.server, surroundings.peer, surroundings.ceiling("C2")
     requests = load.write(
         surroundings.directory / "each-user",
         (load.request("GET", _path(n), surroundings.headers) for n in range(USERS)),
@@ -33,8 +40,10 @@ def measure(surroundings: Surroundings) -> list[Budget]:
         ROUNDS,
         get_16=partial(_put_cold, surroundings, server, SERVICE, requests, FEW),
         peer_16=partial(_put_cold, surroundings, peer, PEER, requests, FEW),
+        bare_16=partial(_put_cold, surroundings, bare, CEILINGS, requests, FEW),
         get_64=partial(_put_cold, surroundings, server, SERVICE, requests, MANY),
         peer_64=partial(_put_cold, surroundings, peer, PEER, requests, MANY),
+        bare_64=partial(_put_cold, surroundings, bare, CEILINGS, requests, MANY),
     )
     after = cache_reads(server)
     read = {result: count - before.get(result, 0) for result, count in after.items()}
@@ -43,8 +52,16 @@ def measure(surroundings: Surroundings) -> list[Budget]:
             2,
             "GET, not cached",
             (
-                beside_peer(f"{FEW} connections", loads["get_16"], loads["peer_16"], 8),
-                beside_peer(f"{MANY} connections", loads["get_64"], loads["peer_64"], 8),
+                *(
+                    beside_peer(
+                        f"{connections} connections",
+                        loads[f"get_{connections}"],
+                        loads[f"peer_{connections}"],
+                        8,
+                        ("C2", loads[f"bare_{connections}"]),
+                    )
+                    for connections in (FEW, MANY)
+                ),
                 Goal(
                     name="SQL statements",
                     figure=_statements(surroundings),

@@ -32,14 +32,17 @@ def measure(surroundings: Surroundings) -> list[Budget]:
     server, peer = surroundings.server, surroundings.peer
     # Who takes turns goes through the users in turn, too: who comes again is changed again.
     ours, theirs = _Writes(surroundings, server), _Writes(surroundings, peer)
+    bare = _Writes(surroundings, surroundings.ceiling("C6"))
     loads = load.medians(
         ROUNDS,
         preferences_16=partial(ours.put, update_of_preferences, FEW),
         peer_preferences_16=partial(theirs.put, update_of_preferences, FEW),
+        bare_preferences_16=partial(bare.put, update_of_preferences, FEW),
         devices_16=partial(ours.put, registration_of_device, FEW),
         peer_devices_16=partial(theirs.put, registration_of_device, FEW),
         preferences_64=partial(ours.put, update_of_preferences, MANY),
         peer_preferences_64=partial(theirs.put, update_of_preferences, MANY),
+        bare_preferences_64=partial(bare.put, update_of_preferences, MANY),
         devices_64=partial(ours.put, registration_of_device, MANY),
         peer_devices_64=partial(theirs.put, registration_of_device, MANY),
     )
@@ -57,7 +60,7 @@ def measure(surroundings: Surroundings) -> list[Budget]:
                 _trips("preferences update", trips[update_of_preferences]),
                 *_beside_peer("device registration", "devices", loads),
                 _trips("device registration", trips[registration_of_device]),
-                answered(*(loads[name] for name in loads if not name.startswith("peer_"))),
+                answered(*(loads[name] for name in loads if name.startswith(("pref", "dev")))),
             ),
         )
     ]
@@ -112,16 +115,16 @@ class _Writes:
         return load.put_on(self._server, requests, connections=connections, seconds=SECONDS)
 
 
-def _beside_peer(name: str, key: str, loads: Mapping[str, Load]) -> list[Goal]:
-    return [
-        beside_peer(
+def _beside_peer(name: str, key: str, loads: Mapping[str, Load]) -> Iterator[Goal]:
+    for connections in (FEW, MANY):
+        bare = loads.get(f"bare_{key}_{connections}")
+        yield beside_peer(
             f"{name}, {connections} connections",
             loads[f"{key}_{connections}"],
             loads[f"peer_{key}_{connections}"],
             2.5,
+            ("C6", bare) if bare else None,
         )
-        for connections in (FEW, MANY)
-    ]
 
 
 def _round_trips(url: str, tapped: wire.Wire, headers: dict[str, str], make: Make) -> int:

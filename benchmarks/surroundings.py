@@ -153,7 +153,7 @@ class Surroundings:
         started = self.serve(confined_to=cores.of_the_server())
         return self._stack.enter_context(started).running
 
-    def ceiling(self, name: Literal["C0", "C1"]) -> Running:
+    def ceiling(self, name: Literal["C0", "C1", "C2", "C6"]) -> Running:
         """Return a ceiling (see `ceilings`), on the server's core."""
         if name not in self._ceilings:
             command = [sys.executable, "-m", "benchmarks.ceilings", name]
