@@ -835,7 +835,6 @@ async def test_a_document_of_another_format_is_anybodys_to_replace(
     assert await cache.lease({U: FOREIGN}) == {}, "another reader has replaced it"
     await announce(cache, "writer")
     assert await cache.lease({U: FOREIGN}) == {}, "a writer is at it"
-    assert await cache.lease({U: BYPASS}) == {}
 
 
 async def test_the_announcement_of_a_crashed_writer_expires_for_the_others(
@@ -862,3 +861,33 @@ async def test_gets_of_one_turn_share_a_round_trip(
     assert found == [at(1)] * 25 + [MISS] * 25
     calls = [int(stats.get("cmdstat_mget", {"calls": 0})["calls"]) for stats in (before, after)]
     assert calls[1] - calls[0] == 1
+
+
+async def test_who_waits_for_the_cache_is_told_of_a_fault_of_ours(
+    cache: DocumentCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fault(Exception):
+        pass
+
+    async def fail_later(_keys: Sequence[str]) -> list[Any]:
+        raise Fault
+
+    def fail(_keys: Sequence[str]) -> list[Any]:
+        raise Fault
+
+    for strings in (fail, fail_later):
+        monkeypatch.setattr(cache._link, "strings", strings)
+        found = await asyncio.gather(cache.get(U), cache.get(U), return_exceptions=True)
+        assert [type(error) for error in found] == [Fault] * 2
+
+
+async def test_who_may_not_be_leased_is_not_asked_for(
+    cache: DocumentCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run(commands: Sequence[object]) -> list[object]:
+        raise AssertionError(commands)
+
+    monkeypatch.setattr(cache._link, "run", run)
+    assert await cache.lease({U: BYPASS}) == {}
+    monkeypatch.setattr(cache._state, "quiet", True)
+    assert await cache.lease({U: MISS}) == {}

@@ -12,6 +12,7 @@ the last writer publishes. Under a document's key lies one of
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import re
 import secrets
@@ -180,8 +181,12 @@ class DocumentCache:
 
     def _flush(self) -> None:
         wanted, self._wanted = self._wanted, {}
-        # Of one server it is a future already, and needs no task.
-        found = asyncio.ensure_future(self._strings(wanted))
+        try:
+            # Of one server it is a future already, and needs no task.
+            found = asyncio.ensure_future(self._strings(wanted))
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is for those who wait
+            _fail(wanted, error)
+            return
         self._flushes.add(found)
         found.add_done_callback(partial(self._answer, wanted))
 
@@ -191,6 +196,9 @@ class DocumentCache:
         found: asyncio.Future[list[Any]],
     ) -> None:
         self._flushes.discard(found)
+        if not found.cancelled() and (error := found.exception()):
+            _fail(wanted, error)
+            return
         hits = bypasses = 0
         values = [BYPASS] * len(wanted) if found.cancelled() else found.result()
         for waiting, value in zip(wanted.values(), values, strict=True):
@@ -238,6 +246,10 @@ class DocumentCache:
             for user_id in wanted
             if not self._state.is_quiet(bucket_of(user_id))
         }
+        if not leases:
+            # A Redis that is not there yet would be waited for.
+            self._bypasses.inc(len(wanted))
+            return {}
         replies = await self._link.run(
             [
                 _eval(_LEASE_FOREIGN, self._key(user_id), lease, LEASE_TTL_MS, self._format)
@@ -336,6 +348,14 @@ class DocumentCache:
     def _some_ttl(self) -> int:
         """A time to live in ms, spread by a tenth so that what came together does not go so."""
         return int(self._ttl_ms * random.uniform(0.9, 1.0))  # noqa: S311 - no secret
+
+
+def _fail(
+    wanted: Mapping[str, list[asyncio.Future[StoredDocument | Absence]]], error: BaseException
+) -> None:
+    for future in itertools.chain.from_iterable(wanted.values()):
+        if not future.done():
+            future.set_exception(error)
 
 
 def _eval(script: str, key: str, *arguments: Any) -> tuple[Any, ...]:
