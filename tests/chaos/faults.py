@@ -45,6 +45,14 @@ async def redis_paused(replicas: Replicas, load: Load, seconds: float) -> None:
         await load.go_on(seconds)
 
 
+async def redis_not_heard_by_one_server(replicas: Replicas, load: Load, seconds: float) -> None:
+    """Let nothing through that Redis says to the first server, which is told of nothing then."""
+    await _something_is_cached(replicas, load)
+    replicas.gate.speaks.clear()
+    await load.go_on(seconds)
+    replicas.gate.speaks.set()
+
+
 async def redis_evicting(replicas: Replicas, load: Load, seconds: float) -> None:
     """Let Redis hold a tenth of the people: the rest is evicted, markers and leases, too."""
     await _something_is_cached(replicas, load)
@@ -95,6 +103,7 @@ ANSWERED: dict[Fault, set[int]] = {
     redis_killed_and_back_with_its_old_data: set(),
     redis_flushed: set(),
     redis_paused: set(),
+    redis_not_heard_by_one_server: set(),
     redis_evicting: set(),
     server_killed_between_commit_and_publication: {0},
     postgres_restarted: {503},

@@ -24,6 +24,9 @@ class Gate:
     def __init__(self, target: str, path: Path) -> None:
         self.url = f"unix://{path}?db=0"
         self.before_publication: Callable[[], None] | None = None
+        self.speaks = asyncio.Event()
+        """Whether what Redis says goes through."""
+        self.speaks.set()
         self.passed = asyncio.Event()
         """Set when what was to happen has happened."""
         self._path = path
@@ -52,6 +55,7 @@ class Gate:
             forwarding = asyncio.create_task(self._forward(reader, redis_writer))
             with suppress(OSError):
                 while data := await redis_reader.read(65536):
+                    await self.speaks.wait()
                     writer.write(data)
             forwarding.cancel()
             redis_writer.close()
