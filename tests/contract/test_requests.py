@@ -128,7 +128,7 @@ async def test_unknown_paths_and_methods(raw: httpx.AsyncClient) -> None:
     assert_refused(await raw.get("/api/v1/nothing"), 404, "route_not_found")
     answer = await raw.post(f"{USERS}/{NOBODY}", json={})
     assert_refused(answer, 405, "method_not_allowed")
-    assert {"GET", "PATCH", "PUT", "DELETE"} <= set(answer.headers["allow"].split(", "))
+    assert {"GET", "HEAD", "PATCH", "PUT", "DELETE"} <= set(answer.headers["allow"].split(", "))
     assert (await raw.options(USERS)).status_code == 204
     head = await raw.head(f"{USERS}/{(await register(raw))['id']}")
     assert (head.status_code, head.content, version_of(head)) == (200, b"", 1)

@@ -97,7 +97,7 @@ def find_route(method: str, path: str) -> Match | None:
             ids = found.groupdict()
             return Match(
                 methods.get(asked),
-                frozenset({*methods, "OPTIONS"}),
+                frozenset({*methods, "OPTIONS", *(["HEAD"] if "GET" in methods else [])}),
                 ids.get("user", ""),
                 ids.get("device", ""),
             )

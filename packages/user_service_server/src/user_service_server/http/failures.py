@@ -81,7 +81,8 @@ def meaning(error: Exception) -> ServiceError:
     if isinstance(error, HTTPException) and error.status_code < 500:
         allow = Headers(error.headers or {}).get("allow")
         kind = _OF_STATUS.get(error.status_code, Invalid)
-        return kind(headers=[("Allow", allow)] if allow else [])
+        # HEAD is served as GET, which Litestar does not know (see `observation`).
+        return kind(headers=[("Allow", allow.replace("GET", "GET, HEAD"))] if allow else [])
     _log.error("request.crashed", **describe(error))
     return InternalError()
 
