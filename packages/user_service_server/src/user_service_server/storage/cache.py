@@ -74,30 +74,34 @@ return 1
 # ARGV: token, version ('' where nothing was committed), document ('' where the user is gone, or
 # nothing may be stored), ttl (ms).
 _PUBLISH = """
-local kind = redis.call('TYPE', KEYS[1]).ok
+local mine = redis.pcall('HDEL', KEYS[1], ARGV[1])
 local version = tonumber(ARGV[2])
-if kind == 'string' then
-  local held = redis.call('GET', KEYS[1])
-  local cached = tonumber(string.match(held, '^D(%d+)'))
+if type(mine) == 'table' then  -- no marker, but a string
+  local cached = tonumber(string.match(redis.call('GET', KEYS[1]), '^D(%d+)'))
   if not cached or (version and cached < version) then redis.call('DEL', KEYS[1]) end
   return 'lost'
 end
-if kind == 'none' then return 'lost' end
-local top = tonumber(redis.call('HGET', KEYS[1], 'top') or '0')
-local mine = redis.call('HDEL', KEYS[1], ARGV[1])
-if version and version > top then redis.call('HSET', KEYS[1], 'top', version) end
-if mine == 0 then return 'lost' end
-local now = redis.call('TIME')
-local ms = now[1] * 1000 + math.floor(now[2] / 1000)
 local fields = redis.call('HGETALL', KEYS[1])
-for i = 1, #fields, 2 do
-  if fields[i] ~= 'top' and tonumber(fields[i + 1]) > ms then return 'noted' end
+local top, others = 0, false
+if #fields > 0 then
+  local now = redis.call('TIME')
+  local ms = now[1] * 1000 + math.floor(now[2] / 1000)
+  for i = 1, #fields, 2 do
+    if fields[i] == 'top' then top = tonumber(fields[i + 1])
+    elseif tonumber(fields[i + 1]) > ms then others = true end
+  end
 end
-redis.call('DEL', KEYS[1])
+if mine == 0 or others then
+  if #fields > 0 and version and version > top then
+    redis.call('HSET', KEYS[1], 'top', version)
+  end
+  return mine == 0 and 'lost' or 'noted'
+end
 if version and version >= top and ARGV[3] ~= '' then
   redis.call('SET', KEYS[1], ARGV[3], 'PX', ARGV[4])
   return 'stored'
 end
+redis.call('DEL', KEYS[1])
 return 'cleared'
 """
 
