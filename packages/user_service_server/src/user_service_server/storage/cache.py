@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache, partial
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from ..metrics import Metrics
 from .buckets import bucket_of
@@ -144,6 +144,10 @@ class Outcome(NamedTuple):
     document: StoredDocument | None
 
 
+_Waiting: TypeAlias = dict[str, list[asyncio.Future[StoredDocument | Absence]]]
+"""Who waits for the document of which user."""
+
+
 class DocumentCache:
     """Documents in Redis under `user-service:<epoch>:{b<bucket>}:<generation>:<id>`.
 
@@ -163,7 +167,7 @@ class DocumentCache:
         self._state = state
         self._format = document_format.encode()
         self._ttl_ms = ttl * 1000
-        self._wanted: dict[str, list[asyncio.Future[StoredDocument | Absence]]] = {}
+        self._wanted: _Waiting = {}
         self._flushes: set[asyncio.Future[list[Any]]] = set()
         self._hits, self._misses, self._bypasses = (
             metrics.cache_reads.labels(result) for result in ("hit", "miss", "bypass")
@@ -194,11 +198,7 @@ class DocumentCache:
         self._flushes.add(found)
         found.add_done_callback(partial(self._answer, wanted))
 
-    def _answer(
-        self,
-        wanted: Mapping[str, list[asyncio.Future[StoredDocument | Absence]]],
-        found: asyncio.Future[list[Any]],
-    ) -> None:
+    def _answer(self, wanted: _Waiting, found: asyncio.Future[list[Any]]) -> None:
         self._flushes.discard(found)
         if not found.cancelled() and (error := found.exception()):
             _fail(wanted, error)
@@ -354,9 +354,7 @@ class DocumentCache:
         return int(self._ttl_ms * random.uniform(0.9, 1.0))  # noqa: S311 - no secret
 
 
-def _fail(
-    wanted: Mapping[str, list[asyncio.Future[StoredDocument | Absence]]], error: BaseException
-) -> None:
+def _fail(wanted: _Waiting, error: BaseException) -> None:
     for future in itertools.chain.from_iterable(wanted.values()):
         if not future.done():
             future.set_exception(error)
