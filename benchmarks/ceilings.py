@@ -6,8 +6,8 @@
     python -m benchmarks.ceilings C6    # a change of preferences with nothing around it: `Changes`
 
 Nothing is parsed but the id in the path, and no header is sent that a client could do without. C2
-and C6 take the steps that the service takes, by its own statements, scripts and connections; what
-comes back is not looked at.
+and C6 take the steps that the service takes, by its own statements, scripts and wire; of what comes
+back nothing is made.
 """
 
 from __future__ import annotations
@@ -29,11 +29,10 @@ from user_service_server.serving import Application, serve
 from user_service_server.settings import Settings, load_settings
 from user_service_server.storage import cache, document
 from user_service_server.storage.buckets import bucket_of
-from user_service_server.storage.wire import Wire
+from user_service_server.storage.wire import UNREACHABLE, Command, Wire
 
 from benchmarks import documents
 
-_POOL_SIZE = 10
 _TTL_MS = 300_000
 
 
@@ -81,11 +80,16 @@ class OneGet:
 
 
 class _OnEngines:
-    """What a ceiling has that asks both: one wire to Redis, and connections to PostgreSQL."""
+    """What a ceiling has that asks both: one wire to Redis, and connections to PostgreSQL.
+
+    They lie in a queue: asyncpg's pool asks PostgreSQL once more for each that is given back, which
+    the service does not.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._ready = documents.success(documents.encoded(0))
+        self._idle: asyncio.LifoQueue[asyncpg.Connection] = asyncio.LifoQueue()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["path"].startswith("/api/"):
@@ -94,8 +98,23 @@ class _OnEngines:
         await _send(send, self._ready)
 
     async def answer(self, user_id: str) -> None:
-        """Do what is measured."""
+        """Do for a user what is measured; whoever asks is answered with ready bytes."""
         raise NotImplementedError
+
+    async def ask_redis(self, *commands: Command) -> None:
+        """Run commands. None of them is refused, or the ceiling would be of less than all."""
+        for reply in await self._wire.call(commands):
+            if reply is UNREACHABLE or isinstance(reply, Exception):
+                raise RuntimeError(f"{commands[0][0]}: {reply}")
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[asyncpg.Connection]:
+        """Give a connection to PostgreSQL."""
+        connection = await self._idle.get()
+        try:
+            yield connection
+        finally:
+            self._idle.put_nowait(connection)
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
@@ -105,11 +124,12 @@ class _OnEngines:
         await connection.connect()  # type: ignore[no-untyped-call]
         self._wire = Wire(connection, timeout=1, lost=lambda _error: None)
         url = self._settings.database_url.replace("+asyncpg", "")
-        utc = {"timezone": "UTC"}
-        async with asyncpg.create_pool(url, max_size=_POOL_SIZE, server_settings=utc) as self._pool:
-            rows = await self._pool.fetch("SELECT bucket, generation FROM cache_generations")
-            self._generations = dict(rows)
-            yield
+        for _ in range(self._settings.database_pool_size):
+            self._idle.put_nowait(await asyncpg.connect(url, server_settings={"timezone": "UTC"}))
+        async with self.connection() as one:
+            rows = await one.fetch("SELECT bucket, generation FROM cache_generations")
+        self._generations = dict(rows)
+        yield
         self._wire.close()
 
 
@@ -135,17 +155,23 @@ class Misses(_OnEngines):
         flight.add_done_callback(self._flights.discard)
 
     async def _fly(self, waiting: dict[str, asyncio.Future[None]]) -> None:
-        await self._wire.strings(list(waiting))
         lease = f"L{secrets.token_hex(8)}"
-        await self._wire.call(
-            [("SET", user_id, lease, "NX", "PX", cache.LEASE_TTL_MS) for user_id in waiting]
-        )
-        async with self._pool.acquire() as connection:
-            await connection.fetch(document._READ.text, list(waiting))
+        try:
+            await self._wire.strings(list(waiting))
+            await self.ask_redis(
+                *(("SET", user, lease, "NX", "PX", cache.LEASE_TTL_MS) for user in waiting)
+            )
+            async with self.connection() as connection:
+                rows = await connection.fetch(document._READ.text, list(waiting))
+            assert len(rows) == len(waiting)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is for those who wait
+            for future in waiting.values():
+                future.set_exception(error)
+            return
         for future in waiting.values():
             future.set_result(None)
-        await self._wire.call(
-            [("EVAL", cache._FILL, 1, user_id, lease, self._ready, _TTL_MS) for user_id in waiting]
+        await self.ask_redis(
+            *(("EVAL", cache._FILL, 1, user, lease, self._ready, _TTL_MS) for user in waiting)
         )
 
 
@@ -160,11 +186,11 @@ class Changes(_OnEngines):
     async def answer(self, user_id: str) -> None:
         """Change somebody's preferences."""
         token, bucket = secrets.token_hex(8), bucket_of(user_id)
-        async with self._pool.acquire() as connection:
+        async with self.connection() as connection:
             (row,) = await repository.READ.fetch(connection, {"id": user_id})
             await self._run(cache._ANNOUNCE, user_id, token, cache.MARKER_TTL_MS)
             version = row["version"]
-            await self._effects.statement.fetch(
+            written = await self._effects.statement.fetch(
                 connection,
                 {
                     "id": user_id,
@@ -177,10 +203,11 @@ class Changes(_OnEngines):
                     **self._effects.parameters,
                 },
             )
+        assert written
         await self._run(cache._PUBLISH, user_id, token, version + 1, self._ready, _TTL_MS)
 
     async def _run(self, script: str, key: str, *arguments: object) -> None:
-        await self._wire.call([("EVAL", script, 1, key, *arguments)])
+        await self.ask_redis(("EVAL", script, 1, key, *arguments))
 
 
 async def _run(name: str) -> None:

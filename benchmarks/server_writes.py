@@ -60,7 +60,7 @@ def measure(surroundings: Surroundings) -> list[Budget]:
                 _trips("preferences update", trips[update_of_preferences]),
                 *_beside_peer("device registration", "devices", loads),
                 _trips("device registration", trips[registration_of_device]),
-                answered(*(loads[name] for name in loads if name.startswith(("pref", "dev")))),
+                answered(*(load for name, load in loads.items() if "peer" not in name)),
             ),
         )
     ]

@@ -157,10 +157,20 @@ class Surroundings:
         """Return a ceiling (see `ceilings`), on the server's core."""
         if name not in self._ceilings:
             command = [sys.executable, "-m", "benchmarks.ceilings", name]
-            environ = self.engines.environ | {"REDIS_URL": self.redis_url(CEILINGS)}
+            environ = self.engines.environ | {
+                "DATABASE_URL": self._database_of_ceilings,
+                "REDIS_URL": self.redis_url(CEILINGS),
+            }
             started = self._started(command, environ, cores.of_the_server())
             self._ceilings[name] = self._stack.enter_context(started).running
         return self._ceilings[name]
+
+    @cached_property
+    def _database_of_ceilings(self) -> str:
+        """A database of their own: who is changed there is no user of the service."""
+        url = self.new_database("ceilings").database_url
+        asyncio.run(population.load(url, range(USERS)))
+        return url
 
     @cached_property
     def peer(self) -> Running:

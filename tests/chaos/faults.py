@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
+import httpx
 import redis
 
 from ..system.trouble import killed, paused, stopped
@@ -49,8 +50,12 @@ async def redis_not_heard_by_one_server(replicas: Replicas, load: Load, seconds:
     """Let nothing through that Redis says to the first server, which is told of nothing then."""
     await _something_is_cached(replicas, load)
     replicas.gate.speaks.clear()
-    await load.go_on(seconds)
-    replicas.gate.speaks.set()
+    try:
+        await load.go_on(seconds)
+        async with httpx.AsyncClient(base_url=replicas.servers[0].url) as http:
+            assert (await http.get("/health")).json()["data"]["status"] == "degraded"
+    finally:
+        replicas.gate.speaks.set()
 
 
 async def redis_evicting(replicas: Replicas, load: Load, seconds: float) -> None:

@@ -76,7 +76,9 @@ return 1
 _PUBLISH = """
 local mine = redis.pcall('HDEL', KEYS[1], ARGV[1])
 local version = tonumber(ARGV[2])
-if type(mine) == 'table' then  -- no marker, but a string
+if type(mine) == 'table' then
+  if not string.find(mine.err, 'WRONGTYPE') then return mine end
+  -- no marker, but a string
   local cached = tonumber(string.match(redis.call('GET', KEYS[1]), '^D(%d+)'))
   if not cached or (version and cached < version) then redis.call('DEL', KEYS[1]) end
   return 'lost'
