@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from uuid import uuid4
 
 import asyncpg
 import httpx
@@ -177,10 +178,21 @@ def test_a_wrong_argument_is_said(tmp_path: Path, arguments: tuple[str, ...], wr
     assert not re.search("Traceback", errors)
 
 
+async def a_night_of_its_own(database_url: str, name: str) -> str:
+    """Let no device be stale, and no sweep have been; returns a prefix that nobody has."""
+    await rows(database_url, "UPDATE devices SET last_seen_at = now() WHERE active")
+    await rows(
+        database_url,
+        "UPDATE service_state SET sweep_began_at = '2000-01-01', sweep_after = NULL",
+    )
+    return f"{name}-{uuid4().hex}"
+
+
 async def test_the_nightly_sweep_begins_at_night_and_once(
     http: httpx.AsyncClient, database_url: str, settings: Settings
 ) -> None:
-    await crowd(database_url, 450, "nightly", seen="2020-01-01T00:00:00Z")
+    nightly = await a_night_of_its_own(database_url, "nightly")
+    await crowd(database_url, 450, nightly, seen="2020-01-01T00:00:00Z")
     user_id, token = await someone(http), new_token()
     await post(http, user_id, token)
     async with sweeping(settings) as one, sweeping(settings) as other:
@@ -198,7 +210,7 @@ async def test_the_nightly_sweep_begins_at_night_and_once(
             assert some <= 2 * AT_ONCE
             done += some
         assert done == 450
-        await crowd(database_url, 1, "nightly again", seen="2020-01-01T00:00:00Z")
+        await crowd(database_url, 1, f"{nightly} again", seen="2020-01-01T00:00:00Z")
         assert await one.nightly(is_night=True) == 0, "not twice in one night"
         await rows(
             database_url,
@@ -206,18 +218,19 @@ async def test_the_nightly_sweep_begins_at_night_and_once(
         )
         assert await other.nightly(is_night=True) == 1, "the next night"
     reasons = Counter(
-        await rows(database_url, "SELECT inactive_reason FROM devices WHERE token LIKE 'nightly-%'")
+        await rows(
+            database_url,
+            "SELECT inactive_reason FROM devices WHERE token LIKE $1 || '%'",
+            nightly,
+        )
     )
     assert reasons == {("stale",): 451}
     assert await shown(http, user_id) == [token]
 
 
 async def test_the_sweep_is_one_processes_at_a_time(database_url: str, settings: Settings) -> None:
-    await rows(
-        database_url,
-        "UPDATE service_state SET sweep_began_at = '2000-01-01', sweep_after = NULL",
-    )
-    await crowd(database_url, 3, "held", seen="2020-01-01T00:00:00Z")
+    held = await a_night_of_its_own(database_url, "held")
+    await crowd(database_url, 3, held, seen="2020-01-01T00:00:00Z")
     holder = await asyncpg.connect(database_url.replace("+asyncpg", ""))
     try:
         async with sweeping(settings) as sweeps:
