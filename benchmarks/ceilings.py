@@ -188,7 +188,7 @@ class Changes(_OnEngines):
         token, bucket = secrets.token_hex(8), bucket_of(user_id)
         async with self.connection() as connection:
             (row,) = await repository.READ.fetch(connection, {"id": user_id})
-            await self._run(cache._ANNOUNCE, user_id, token, cache.MARKER_TTL_MS)
+            await self._eval(cache._ANNOUNCE, user_id, token, cache.MARKER_TTL_MS)
             version = row["version"]
             written = await self._effects.statement.fetch(
                 connection,
@@ -204,9 +204,9 @@ class Changes(_OnEngines):
                 },
             )
         assert written
-        await self._run(cache._PUBLISH, user_id, token, version + 1, self._ready, _TTL_MS)
+        await self._eval(cache._PUBLISH, user_id, token, version + 1, self._ready, _TTL_MS)
 
-    async def _run(self, script: str, key: str, *arguments: object) -> None:
+    async def _eval(self, script: str, key: str, *arguments: object) -> None:
         await self.ask_redis(("EVAL", script, 1, key, *arguments))
 
 

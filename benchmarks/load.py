@@ -161,12 +161,13 @@ def answered(*loads: Load) -> Goal:
 
 
 def beside_peer(
-    name: str, ours: Load, peer: Load, limit: float, bare: tuple[str, Load] | None = None
+    name: str, loads: Mapping[str, Load], case: str, limit: float, *, ceiling: str
 ) -> Goal:
-    """Return the goal of so many times the peer's rate; `bare` is a ceiling, by its name."""
-    ceiling = (
-        {} if bare is None else {bare[0]: bare[1].rate, f"{bare[0]} CPU µs": bare[1].cpu * 1e6}
-    )
+    """Return the goal of so many times the peer's rate in a case of `loads`.
+
+    The peer's is `peer_<case>`; that of the ceiling, if it has been measured, `bare_<case>`.
+    """
+    ours, peer, bare = loads[case], loads[f"peer_{case}"], loads.get(f"bare_{case}")
     return Goal(
         name=name,
         figure=ours.rate,
@@ -182,7 +183,7 @@ def beside_peer(
             "busy": ours.busy,
             "p99 ms": ours.p99 * 1e3,
             "P p99 ms": peer.p99 * 1e3,
-            **ceiling,
+            **({ceiling: bare.rate, f"{ceiling} CPU µs": bare.cpu * 1e6} if bare else {}),
         },
     )
 

@@ -40,12 +40,12 @@ def measure(surroundings: Surroundings) -> list[Budget]:
     before = cache_reads(server)
     loads = load.medians(
         ROUNDS,
-        get_16=partial(_put_cold, surroundings, server, SERVICE, requests, FEW),
-        peer_16=partial(_put_cold, surroundings, peer, PEER, requests, FEW),
-        bare_16=partial(_put_cold, surroundings, bare, CEILINGS, in_turn, FEW),
-        get_64=partial(_put_cold, surroundings, server, SERVICE, requests, MANY),
-        peer_64=partial(_put_cold, surroundings, peer, PEER, requests, MANY),
-        bare_64=partial(_put_cold, surroundings, bare, CEILINGS, in_turn, MANY),
+        miss_16=partial(_put_cold, surroundings, server, SERVICE, requests, FEW),
+        peer_miss_16=partial(_put_cold, surroundings, peer, PEER, requests, FEW),
+        bare_miss_16=partial(_put_cold, surroundings, bare, CEILINGS, in_turn, FEW),
+        miss_64=partial(_put_cold, surroundings, server, SERVICE, requests, MANY),
+        peer_miss_64=partial(_put_cold, surroundings, peer, PEER, requests, MANY),
+        bare_miss_64=partial(_put_cold, surroundings, bare, CEILINGS, in_turn, MANY),
     )
     after = cache_reads(server)
     read = {result: count - before.get(result, 0) for result, count in after.items()}
@@ -55,14 +55,8 @@ def measure(surroundings: Surroundings) -> list[Budget]:
             "GET, not cached",
             (
                 *(
-                    beside_peer(
-                        f"{connections} connections",
-                        loads[f"get_{connections}"],
-                        loads[f"peer_{connections}"],
-                        8,
-                        ("C2", loads[f"bare_{connections}"]),
-                    )
-                    for connections in (FEW, MANY)
+                    beside_peer(f"{number} connections", loads, f"miss_{number}", 8, ceiling="C2")
+                    for number in (FEW, MANY)
                 ),
                 Goal(
                     name="SQL statements",

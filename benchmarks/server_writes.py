@@ -116,15 +116,9 @@ class _Writes:
 
 
 def _beside_peer(name: str, key: str, loads: Mapping[str, Load]) -> Iterator[Goal]:
-    for connections in (FEW, MANY):
-        bare = loads.get(f"bare_{key}_{connections}")
-        yield beside_peer(
-            f"{name}, {connections} connections",
-            loads[f"{key}_{connections}"],
-            loads[f"peer_{key}_{connections}"],
-            2.5,
-            ("C6", bare) if bare else None,
-        )
+    for number in (FEW, MANY):
+        case = f"{key}_{number}"
+        yield beside_peer(f"{name}, {number} connections", loads, case, 2.5, ceiling="C6")
 
 
 def _round_trips(url: str, tapped: wire.Wire, headers: dict[str, str], make: Make) -> int:

@@ -202,11 +202,14 @@ class DocumentCache:
 
     def _answer(self, wanted: _Waiting, found: asyncio.Future[list[Any]]) -> None:
         self._flushes.discard(found)
-        if not found.cancelled() and (error := found.exception()):
+        if found.cancelled():
+            values: list[Any] = [BYPASS] * len(wanted)
+        elif error := found.exception():
             _fail(wanted, error)
             return
+        else:
+            values = found.result()
         hits = bypasses = 0
-        values = [BYPASS] * len(wanted) if found.cancelled() else found.result()
         for waiting, value in zip(wanted.values(), values, strict=True):
             answer = self._parse(value)
             if isinstance(answer, StoredDocument):
@@ -252,18 +255,14 @@ class DocumentCache:
             for user_id in wanted
             if not self._state.is_quiet(bucket_of(user_id))
         }
-        if not leases:
-            # A Redis that is not there yet would be waited for.
-            self._bypasses.inc(len(wanted))
-            return {}
-        replies = await self._link.run(
-            [
-                _eval(_LEASE_FOREIGN, self._key(user_id), lease, LEASE_TTL_MS, self._format)
-                if absent[user_id] is FOREIGN
-                else ("SET", self._key(user_id), lease, "NX", "PX", LEASE_TTL_MS)
-                for user_id, lease in leases.items()
-            ]
-        )
+        commands = [
+            _eval(_LEASE_FOREIGN, self._key(user_id), lease, LEASE_TTL_MS, self._format)
+            if absent[user_id] is FOREIGN
+            else ("SET", self._key(user_id), lease, "NX", "PX", LEASE_TTL_MS)
+            for user_id, lease in leases.items()
+        ]
+        # With nothing to ask for, a Redis that is not there yet would be waited for all the same.
+        replies = await self._link.run(commands) if commands else []
         answered = zip(leases.items(), replies, strict=True)
         placed = {user_id: lease for (user_id, lease), reply in answered if _is_ok(reply)}
         self._misses.inc(len(placed))
