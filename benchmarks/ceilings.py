@@ -29,6 +29,8 @@ from user_service_server.serving import Application, serve
 from user_service_server.settings import Settings, load_settings
 from user_service_server.storage import cache, document
 from user_service_server.storage.buckets import bucket_of
+from user_service_server.storage.recorded_answers import recorded
+from user_service_server.storage.together import Together
 from user_service_server.storage.wire import UNREACHABLE, Command, Wire
 
 from benchmarks import documents
@@ -176,35 +178,38 @@ class Misses(_OnEngines):
 
 
 class Changes(_OnEngines):
-    """C6: read, announce, write and publish, always the same change."""
+    """C6: read, announce, write and publish, always the same change; statements are shared."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         choices = Choices(email=True, push=True)
         self._effects = repository.say(choices, preference_changes(None, choices), None)
+        self._together = Together(self.connection)
 
     async def answer(self, user_id: str) -> None:
         """Change somebody's preferences."""
         token, bucket = secrets.token_hex(8), bucket_of(user_id)
-        async with self.connection() as connection:
-            (row,) = await repository.READ.fetch(connection, {"id": user_id})
-            await self._eval(cache._ANNOUNCE, user_id, token, cache.MARKER_TTL_MS)
-            version = row["version"]
-            written = await self._effects.statement.fetch(
-                connection,
-                {
-                    "id": user_id,
-                    "version": version,
-                    "at": row["now"],
-                    "kind": ChangeKind.PREFERENCES_UPDATED.value,
-                    "bucket": bucket,
-                    "generation": self._generations[bucket],
-                    "names": [],
-                    **self._effects.parameters,
-                },
-            )
+        asked = {"id": user_id, **recorded(None, None)}
+        row = await self._together.fetch(repository.READ, asked)
+        assert row
+        version = row["version"] + 1
+        await self._eval(cache._ANNOUNCE, user_id, token, cache.MARKER_TTL_MS)
+        written = await self._together.fetch(
+            self._effects.statement,
+            {
+                **asked,
+                "version": version,
+                "at": row["now"],
+                "kind": ChangeKind.PREFERENCES_UPDATED.value,
+                "actor": None,
+                "bucket": bucket,
+                "generation": self._generations[bucket],
+                "names": "{}",
+                **self._effects.said,
+            },
+        )
         assert written
-        await self._eval(cache._PUBLISH, user_id, token, version + 1, self._ready, _TTL_MS)
+        await self._eval(cache._PUBLISH, user_id, token, version, self._ready, _TTL_MS)
 
     async def _eval(self, script: str, key: str, *arguments: object) -> None:
         await self.ask_redis(("EVAL", script, 1, key, *arguments))

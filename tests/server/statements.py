@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from user_service_server.storage.database import Direct, Fields
+from user_service_server.storage.direct import Direct, Fields
 
 Hook = Callable[[str, Any], Awaitable[None]]
 """Is given the text of a statement, and asyncpg's connection."""

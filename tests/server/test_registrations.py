@@ -187,7 +187,7 @@ async def test_what_was_suppressed_after_the_statement_began_is_seen(
     waiting = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE $1"
 
     async def is_waiting() -> bool:
-        return bool(await rows(database_url, waiting, "%INSERT INTO users%"))
+        return bool(await rows(database_url, waiting, "%WITH asked AS MATERIALIZED%"))
 
     async with connected(database_url) as other:
         async with other.transaction():

@@ -13,6 +13,7 @@ import httpx
 import pytest
 from sqlalchemy import Engine, event
 from user_service_server.errors import DependencyUnavailable
+from user_service_server.preferences import repository
 from user_service_server.settings import Settings
 from user_service_server.storage.database import Database
 
@@ -22,7 +23,7 @@ from .statements import around_direct, in_background
 from .test_devices import listed, new_token, shown
 from .test_users import assert_failed, changes_of, fetch, register, rows
 
-READ, WRITE = "AS is_answered", "WITH locked AS"
+READ, WRITE = "AS is_answered", "taken AS ("
 
 
 @pytest.fixture(scope="module")
@@ -136,24 +137,34 @@ async def test_what_is_changed_between_the_statements_is_kept(
     assert history == [(1,), (2,), (3,)]
 
 
-async def test_who_waited_for_the_user_looks_at_the_version_again(
-    http: httpx.AsyncClient, database_url: str
+@pytest.mark.parametrize("waits", [False, True])
+async def test_a_user_whom_another_has_locked_is_changed_after_that(
+    waits: bool, http: httpx.AsyncClient, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The statement has begun, and sees what was there before: its version is not the user's."""
+    """The statement passes over the user; if it waited it would see that the version has risen.
+
+    It has begun, and so sees what was there before.
+    """
+    if waits:
+        statement = repository._SAY
+        waiting = statement.text.replace(" SKIP LOCKED", "")
+        assert waiting != statement.text
+        monkeypatch.setattr(statement, "text", waiting)
     user = await someone(http)
-    waiting = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE $1"
-
-    async def is_waiting() -> bool:
-        return bool(await rows(database_url, waiting, "%WITH locked AS%"))
-
-    held = asyncio.Event()
-    go_on = asyncio.Event()
+    held, go_on = asyncio.Event(), asyncio.Event()
 
     async def hold(statement: str, _connection: object) -> None:
         # The commit of the first is held back: its statement has run, and the user is locked.
         if "WITH changed AS" in statement and not held.is_set():
             held.set()
             await go_on.wait()
+
+    async def is_waiting() -> bool:
+        found = await rows(
+            database_url,
+            "SELECT query FROM pg_stat_activity WHERE wait_event_type = 'Lock'",
+        )
+        return any(query.lstrip().startswith("WITH asked") is waits for (query,) in found)
 
     with around_direct(after=hold):
         first = asyncio.create_task(http.patch(f"/api/v1/users/{user}", json={"name": "First"}))

@@ -10,7 +10,7 @@ from sqlalchemy import Integer, bindparam, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 from user_service_schemas import Change
 
-from ..storage.database import Direct, Fields
+from ..storage.direct import Direct, Fields
 from ..storage.tables import changes
 
 _FEED_STATE = Direct(

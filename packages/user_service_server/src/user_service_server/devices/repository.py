@@ -6,12 +6,10 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
-import asyncpg
 from sqlalchemy import (
     ColumnElement,
     Row,
     and_,
-    bindparam,
     delete,
     exists,
     func,
@@ -26,10 +24,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from user_service_schemas import DeviceDetails, RegisterDevice
 
 from ..storage import revisions
-from ..storage.database import Direct, Fields
+from ..storage.direct import Direct, Fields, asking
 from ..storage.document import is_one_of
 from ..storage.revisions import Base, Effects
 from ..storage.tables import devices, service_state, users
+from ..storage.together import Together
 
 MAX_DEVICES = 100
 """The most devices a user has, inactive ones included."""
@@ -46,23 +45,33 @@ _SWITCH_OFF = text("""
 """)
 
 
+_TOKEN = {"token_digest": "bytea", "token": "text", "platform": "text", "app": "text"}
+_asked = asking(_TOKEN)
+# What another write has locked is left to the way that waits: this is a statement of many users.
+_seen = (
+    select(devices.c.id, _asked.c.n)
+    .where(
+        devices.c.token_digest == _asked.c.token_digest,
+        devices.c.user_id == _asked.c.id,
+        devices.c.active,
+        devices.c.token == _asked.c.token,
+        devices.c.platform == _asked.c.platform,
+        devices.c.app.is_not_distinct_from(_asked.c.app),
+    )
+    .with_for_update(of=devices, key_share=True, skip_locked=True)
+    .cte("seen")
+)
 _TOUCH = Direct(
     update(devices)
     .values(last_seen_at=func.clock_timestamp())
-    .where(
-        devices.c.token_digest == bindparam("digest"),
-        devices.c.user_id == bindparam("user"),
-        devices.c.active,
-        devices.c.token == bindparam("said_token"),
-        devices.c.platform == bindparam("said_platform"),
-        devices.c.app.is_not_distinct_from(bindparam("said_app")),
-        users.c.id == devices.c.user_id,
-    )
-    .returning(devices, users.c.version)
+    .where(devices.c.id == _seen.c.id, users.c.id == devices.c.user_id)
+    .returning(devices, users.c.version, _seen.c.n)
 )
 _theirs = devices.c.user_id == users.c.id
+_asked = asking({"token_digest": "bytea", **revisions.KEY})
 READ = revisions.reading(
-    exists().where(devices.c.token_digest == bindparam("token_digest")).label("is_known"),
+    _asked,
+    exists().where(devices.c.token_digest == _asked.c.token_digest).label("is_known"),
     select(func.count()).where(_theirs).scalar_subquery().label("held"),
     select(func.min(devices.c.deactivated_at)).where(_theirs).scalar_subquery().label("off_since"),
 )
@@ -70,34 +79,34 @@ _ADD = revisions.writing(
     taking="""
         INSERT INTO devices (id, user_id, token, token_digest, platform, app, active,
             registered_at, last_seen_at)
-        SELECT CAST(:device_id AS uuid), id, :token, CAST(:token_digest AS bytea), :platform, :app,
-            true, CAST(:at AS timestamptz), CAST(:at AS timestamptz)
+        SELECT device_id, id, token, token_digest, platform, app, true, at, at
         FROM locked
         ON CONFLICT (token_digest) DO NOTHING
         RETURNING user_id AS id
-    """
+    """,
+    types={"device_id": "uuid", **_TOKEN},
 )
 
 
 async def touch(
-    connection: asyncpg.Connection, user_id: str, digest: bytes, request: RegisterDevice
+    together: Together, user_id: str, digest: bytes, request: RegisterDevice
 ) -> tuple[DeviceDetails, int] | None:
     """Note that a user's own, active, unchanged token was seen; None if it is not such a one.
 
     The one write that changes no document, and so needs no lock, version or announcement.
     Returns the device and the user's version.
     """
-    touched = await _TOUCH.fetch(
-        connection,
+    touched = await together.fetch(
+        _TOUCH,
         {
-            "digest": digest,
-            "user": user_id,
-            "said_token": request.token,
-            "said_platform": request.platform,
-            "said_app": request.app,
+            "id": user_id,
+            "token_digest": digest,
+            "token": request.token,
+            "platform": request.platform,
+            "app": request.app,
         },
     )
-    return (details(touched[0]), touched[0]["version"]) if touched else None
+    return None if touched is None else (details(touched), touched["version"])
 
 
 def has_room(base: Base, max_active: int, retention_days: int) -> bool:

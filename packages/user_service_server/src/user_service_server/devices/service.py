@@ -68,8 +68,7 @@ class Devices:
         digest = token_digest(request.token)
         if request.active:
             if if_match is None and recorder.key is None:
-                async with self._database.direct() as connection:
-                    touched = await repository.touch(connection, user_id, digest, request)
+                touched = await repository.touch(self._database.together, user_id, digest, request)
                 if touched:
                     return Registration(*touched, is_new=False)
             added = await self._add(user_id, digest, request, if_match, recorder)

@@ -17,16 +17,29 @@ from user_service_schemas import (
 )
 
 from ..storage import revisions
-from ..storage.database import Direct
+from ..storage.direct import Direct, asking, said
 from ..storage.revisions import Effects
 from ..storage.tables import preference_history, preferences, users
 
+SAID = {
+    "email": "boolean",
+    "push": "boolean",
+    "quiet_hours_start": "text",
+    "quiet_hours_end": "text",
+    "timezone": "text",
+    "muted_until": "timestamptz",
+    "categories": "text",
+    "source": "text",
+    "policy_version": "text",
+    "changes": "text",
+}
+"""PostgreSQL's types of what is said."""
 _NOTED = """
     noted AS (
         INSERT INTO preference_history
             (user_id, version, at, actor, source, policy_version, changes)
-        SELECT id, version, clock_timestamp(), :actor, :source, :policy_version,
-            CAST(:changes AS jsonb)
+        SELECT id, version, clock_timestamp(), actor, source, policy_version,
+            CAST(changes AS jsonb)
         FROM raised
     )
 """
@@ -34,24 +47,28 @@ BEGINNING = f"""
     , said AS (
         INSERT INTO preferences (user_id, email, push, quiet_hours_start, quiet_hours_end,
             timezone, muted_until, categories)
-        SELECT id, :email, :push, :quiet_hours_start, :quiet_hours_end, :timezone, :muted_until,
-            CAST(:categories AS jsonb)
+        SELECT id, email, push, quiet_hours_start, quiet_hours_end, timezone, muted_until,
+            CAST(categories AS jsonb)
         FROM raised
     ), {_NOTED}
 """  # noqa: S608 - of constants
-"""What a registration does to these tables: further parts of a WITH that has the row `raised`, with
-the parameters of `said_first`."""
-READ = revisions.reading()
-_SAY = revisions.writing(f"""
+"""What a registration does to these tables: further parts of a WITH that has the row `raised`, in
+which `said_first` is."""
+READ = revisions.reading(asking(revisions.KEY))
+_SAY = revisions.writing(
+    f"""
     , said AS (
         UPDATE preferences
-        SET email = :email, push = :push, quiet_hours_start = :quiet_hours_start,
-            quiet_hours_end = :quiet_hours_end, timezone = :timezone, muted_until = :muted_until,
-            categories = CAST(:categories AS jsonb)
+        SET email = raised.email, push = raised.push,
+            quiet_hours_start = raised.quiet_hours_start,
+            quiet_hours_end = raised.quiet_hours_end, timezone = raised.timezone,
+            muted_until = raised.muted_until, categories = CAST(raised.categories AS jsonb)
         FROM raised
         WHERE preferences.user_id = raised.id
     ), {_NOTED}
-""")  # noqa: S608
+    """,  # noqa: S608
+    types=SAID,
+)
 
 
 def say(
@@ -62,7 +79,7 @@ def say(
 
 
 def said_first(choices: Choices, consent: Consent | None) -> dict[str, Any]:
-    """Return the parameters of what a new user says."""
+    """Return what a new user says, as `SAID` has it."""
     return _said(choices, preference_changes(None, choices), consent)
 
 
@@ -82,9 +99,8 @@ def _to_json(value: object) -> str:
     return msgspec.json.encode(value).decode()
 
 
-_BEGIN = Direct(
-    text(f"WITH raised AS (SELECT CAST(:id AS uuid) AS id, 1 AS version) {BEGINNING} SELECT 1")
-)
+_ROW = said({"id": "uuid", "version": "bigint", "actor": "text", **SAID})
+_BEGIN = Direct(text(f"WITH raised AS ({_ROW}) {BEGINNING} SELECT 1"))
 
 
 async def insert_choices(
@@ -97,7 +113,7 @@ async def insert_choices(
 ) -> None:
     """Insert a new user's preferences, and begin the history with them."""
     said = said_first(choices, consent)
-    await _BEGIN.fetch(connection, {"id": user_id, "actor": actor, **said})
+    await _BEGIN.fetch(connection, {"id": user_id, "version": 1, "actor": actor, **said})
 
 
 async def read_choices(connection: AsyncConnection, user_id: str) -> Choices:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import asyncpg
 import msgspec
 from sqlalchemy import event
-from sqlalchemy.dialects.postgresql.asyncpg import dialect
 from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.sql.expression import ClauseElement
 
 from ..errors import DependencyUnavailable, Overloaded, ServiceError
 from ..settings import Settings, database_engine_arguments
+from .together import Together
 
 TRANSACTION_TIMEOUT = 8.0
 """Seconds a write may take from its announcement to its commit: less than a marker lives."""
@@ -53,38 +52,6 @@ _GONE = (
     asyncpg.InternalClientError,
     asyncpg.ReadOnlySQLTransactionError,  # a standby: the primary is another, or none yet
 )
-
-
-class Fields(Protocol):
-    """A row, of asyncpg or of SQLAlchemy (its mapping)."""
-
-    def __getitem__(self, name: str, /) -> Any:
-        """Return the value of a column."""
-
-
-class Direct:
-    """A statement of SQLAlchemy that is compiled once, and run by asyncpg itself.
-
-    To run one through SQLAlchemy costs 200 to 280 µs of CPU, and so 45 to 110. What it returns are
-    asyncpg's rows: an id in them is asyncpg's UUID.
-    """
-
-    def __init__(self, statement: ClauseElement) -> None:
-        compiled = statement.compile(dialect=_DIALECT)
-        self.text = str(compiled)
-        self._constants = compiled.params
-        self._names = tuple(compiled.positiontup)  # type: ignore[attr-defined]
-
-    async def fetch(
-        self, connection: asyncpg.Connection, parameters: Mapping[str, Any]
-    ) -> list[Fields]:
-        """Run it on a connection of `driver` or `Database.direct`."""
-        said = {**self._constants, **parameters}
-        rows: list[Fields] = await connection.fetch(self.text, *map(said.get, self._names))
-        return rows
-
-
-_DIALECT = dialect()  # type: ignore[no-untyped-call]
 
 
 async def driver(connection: AsyncConnection) -> asyncpg.Connection:
@@ -282,6 +249,7 @@ class Database:
         self._autocommit = self._engine.execution_options(isolation_level="AUTOCOMMIT")
         self.limits_statements = not settings.pgbouncer
         """Whether Postgres ends a statement in time that has no transaction around it."""
+        self.together = Together(self.direct)
         self.reachable = True
 
     @asynccontextmanager
@@ -317,4 +285,5 @@ class Database:
 
     async def close(self) -> None:
         """Close all connections."""
+        await self.together.close()
         await self._engine.dispose()

@@ -33,7 +33,7 @@ from user_service_schemas import (
 )
 
 from ..settings import Settings
-from .database import Direct, Fields
+from .direct import Direct, Fields
 from .tables import change_feed, devices, preferences, service_state, users
 
 _ID = UUID(as_uuid=False)
@@ -104,7 +104,7 @@ _active_devices = (
     .scalar_subquery()
 )
 
-_DOCUMENT = (
+DOCUMENT = (
     select(
         users.c.id,
         users.c.external_id,
@@ -128,7 +128,8 @@ _DOCUMENT = (
     .join_from(users, preferences)
     .where(users.c.deleted_at.is_(None))
 )
-_BY_ID = _DOCUMENT.where(is_one_of(users.c.id, bindparam("ids", type_=ARRAY(_ID))))
+"""Reads documents, of which `DocumentShape.document` makes one of a row."""
+_BY_ID = DOCUMENT.where(is_one_of(users.c.id, bindparam("ids", type_=ARRAY(_ID))))
 _READ = Direct(_BY_ID)
 
 
@@ -151,11 +152,6 @@ _SNAPSHOT = Direct(
 )
 
 
-def read_beside(*columns: ColumnElement[Any]) -> Direct:
-    """Return the statement that reads one user's document (`id`) and, at the same time, columns."""
-    return Direct(_DOCUMENT.where(users.c.id == bindparam("id", type_=_ID)).add_columns(*columns))
-
-
 class DocumentShape:
     """The settings that shape a document, and `format`, the digest of shape and settings."""
 
@@ -171,7 +167,7 @@ class DocumentShape:
         self, connection: AsyncConnection, *where: ColumnElement[bool], limit: int | None = None
     ) -> list[Document]:
         """Read the documents of the users that `where` selects, by ascending id."""
-        statement = _DOCUMENT.where(*where).order_by(users.c.id).limit(limit)
+        statement = DOCUMENT.where(*where).order_by(users.c.id).limit(limit)
         found = await connection.execute(statement)
         return [self.document(row) for row in found.mappings()]
 

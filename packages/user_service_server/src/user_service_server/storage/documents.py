@@ -22,17 +22,16 @@ from ..errors import (
     UserNotFound,
     VersionMismatch,
 )
-from . import recorded_answers, revisions
+from . import recorded_answers
 from .cache import Absence, Announcement, DocumentCache, Outcome
 from .database import (
     TRANSACTION_TIMEOUT,
     Database,
-    Direct,
-    Fields,
     driver,
     lock_key,
     translated,
 )
+from .direct import Direct, Fields
 from .document import (
     Document,
     DocumentShape,
@@ -43,7 +42,7 @@ from .document import (
 )
 from .recorded_answers import Recorder
 from .replica import FILL_WITHIN, Replica
-from .revisions import Base, Revision, Settled
+from .revisions import Base, Revision, Revisions, Settled
 from .state import StateWatcher
 from .tables import cache_generations, users
 
@@ -289,6 +288,7 @@ class Documents:
         self._boarding: list[_Flight] = []
         self._unknown: dict[str, float] = {}
         self._background: set[asyncio.Task[Any]] = set()
+        self._revisions = Revisions(database.together, shape)
 
     @property
     def epoch(self) -> str:
@@ -428,21 +428,18 @@ class Documents:
         """Read, decide, announce, write and publish."""
         announcement, outcomes = Announcement(), dict[str, Outcome]()
         try:
-            async with self._database.direct() as connection:
-                base = await revisions.read(connection, self.shape, reading, asked)
-                revision = decide(base) if base is not None else None
-                if isinstance(revision, Settled):
-                    # With a key there is an answer to record, and so something to write.
-                    return None if recorder.key else revision.result
-                if revision is None:
-                    return None
-                user = revision.user
-                await self.cache.announce([user.id], announcement)
-                (said,) = announcement.buckets.values()
-                if said.complete and await revisions.write(
-                    connection, revision, recorder, said.generation
-                ):
-                    outcomes[user.id] = Outcome(user.version, Document(user).stored())
+            base = await self._revisions.read(reading, asked)
+            revision = decide(base) if base is not None else None
+            if isinstance(revision, Settled):
+                # With a key there is an answer to record, and so something to write.
+                return None if recorder.key else revision.result
+            if revision is None:
+                return None
+            user = revision.user
+            await self.cache.announce([user.id], announcement)
+            (said,) = announcement.buckets.values()
+            if said.complete and await self._revisions.write(revision, recorder, said.generation):
+                outcomes[user.id] = Outcome(user.version, Document(user).stored())
         except DependencyUnavailable:
             if announcement.keys:
                 # As after a commit whose outcome is unknown: it may have been one.
@@ -473,7 +470,7 @@ class Documents:
         """
         if not self._database.limits_statements:
             return None
-        asked = {**_keyed(recorder), **beside}
+        asked = {"id": user_id, **_keyed(recorder), **beside}
         entering = self._enter(user_id, recorder, looking, decide, asked)
         return await self._to_the_end(entering)
 
@@ -494,14 +491,13 @@ class Documents:
         announcing = self._in_background(self.cache.announce([user_id], announcement))
         revision: Revision[T] | None = None
         try:
-            async with self._database.direct() as connection:
-                row = await revisions.look(connection, looking, asked)
-                await announcing
-                if row is not None:
-                    revision = decide(row)
-                    if await revisions.write(connection, revision, recorder, None):
-                        user = revision.user
-                        outcomes[user_id] = Outcome(user.version, Document(user).stored())
+            row = await self._revisions.look(looking, asked)
+            await announcing
+            if row is not None:
+                revision = decide(row)
+                if await self._revisions.write(revision, recorder, None):
+                    user = revision.user
+                    outcomes[user_id] = Outcome(user.version, Document(user).stored())
         finally:
             await announcing
             self.wrote([user_id])

@@ -26,7 +26,8 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..errors import IdempotencyInProgress
-from .database import Direct, lock_key
+from .database import lock_key
+from .direct import Direct, said
 from .tables import recorded_answers
 
 KEPT_HOURS = 24
@@ -135,26 +136,34 @@ def _answer(row: Row[*tuple[Any, ...]]) -> RecordedAnswer:
     return RecordedAnswer(digest=row.digest, status=row.status, headers=headers, body=row.body)
 
 
+RECORDED = {
+    "caller": "text",
+    "key": "text",
+    "digest": "bytea",
+    "status": "smallint",
+    "headers": "text",
+    "body": "bytea",
+}
+"""The types of what `recorded` returns."""
 KEEP = f"""
     INSERT INTO recorded_answers AS old (caller, key, digest, status, headers, body, user_id, at)
-    SELECT CAST(:caller AS text), CAST(:key AS text), CAST(:digest AS bytea),
-        CAST(:status AS smallint), CAST(:headers AS jsonb), CAST(:body AS bytea), about.id, now()
-    FROM {{about}} AS about
+    SELECT caller, key, digest, status, CAST(headers AS jsonb), body, id, now()
+    FROM {{about}}
     ON CONFLICT ON CONSTRAINT pk_recorded_answers DO UPDATE
     SET digest = excluded.digest, status = excluded.status, headers = excluded.headers,
         body = excluded.body, user_id = excluded.user_id, at = excluded.at
     WHERE old.at <= {_SINCE}
-    RETURNING old.key
+    RETURNING old.user_id
 """  # noqa: S608 - of constants
-"""Keeps an answer (`recorded`) in place of one that is older than 24 hours; returns no row if there
-is a newer one. `about` has the id of whom it is about, and without a row nothing is kept."""
-_RECORD = Direct(text(KEEP.format(about="(SELECT CAST(:user_id AS uuid) AS id)")))
+"""Keeps answers (`RECORDED`) in place of those that are older than 24 hours; returns no row where
+there is a newer one. `about` has them, and each with the `id` of whom it is about."""
+_RECORD = Direct(text(KEEP.format(about=f"({said({'id': 'uuid', **RECORDED})}) AS about")))
 
 
 def recorded(key: AnswerKey | None, result: Any) -> dict[str, Any]:
-    """Return the parameters of `KEEP`; without a key they are all null."""
+    """Return an answer as `RECORDED` has it; without a key all of it is null."""
     if key is None:
-        return dict.fromkeys(("caller", "key", "digest", "status", "headers", "body"))
+        return dict.fromkeys(RECORDED)
     answer = key.answer(result)
     return {
         "caller": key.caller,
@@ -176,7 +185,7 @@ async def record(
     Raises:
         IdempotencyInProgress: another did the same just before this had the lock.
     """
-    if not await _RECORD.fetch(connection, recorded(key, result) | {"user_id": user_id}):
+    if not await _RECORD.fetch(connection, {"id": user_id, **recorded(key, result)}):
         raise IdempotencyInProgress
 
 

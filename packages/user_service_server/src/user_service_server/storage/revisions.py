@@ -11,61 +11,71 @@ locked, a cache that could not be told of a change) is left to the general shape
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any, Generic, NamedTuple, TypeVar
 
-import asyncpg
 from msgspec.structs import replace
-from sqlalchemy import ColumnElement, bindparam, func, select, text
+from sqlalchemy import CTE, ColumnElement, Select, func, select, text
 from user_service_schemas import ChangeKind, Choices, User
 
 from .buckets import bucket_of
-from .database import Direct, Fields, lock_key
-from .document import Document, DocumentShape, choices_in, read_beside
-from .recorded_answers import KEEP, Recorder, is_answered, recorded
+from .database import lock_key
+from .direct import Direct, Fields, asked
+from .document import DOCUMENT, Document, DocumentShape, choices_in
+from .recorded_answers import KEEP, RECORDED, Recorder, is_answered, recorded
+from .tables import users
+from .together import Asked, Together
 
 T = TypeVar("T")
 
-# Locks are taken in the order in which all writes take them: names, the user, devices. None waits
-# for a name. Whoever waited for the user sees the rows of before, but not with the version of
-# before: that of `users` is looked at again after the wait, and every other change raises it. In
-# the moment between the statement's snapshot and a lock on a name another may have had that name:
-# `taken` and `kept` meet its row then. Without `taken` nothing is done; what is taken and not kept
-# is taken back by the division.
+# Locks are taken in the order in which all writes take them: names, the user, devices. None of them
+# is waited for, since the statement is of many users: what is locked is left out. (What is waited
+# for is only a unique value that another is about to give up.) Who was changed between the
+# statement's snapshot and the lock has not the version of before, which is looked at again with the
+# lock, and which every other change raises. In the moment between the snapshot and a lock on a name
+# another may have had that name: `taken` and `kept` meet its row then. Without `taken` nothing is
+# done; what is taken and not kept is taken back by the division, with all of the statement.
 _WRITE = """
-    WITH locked AS MATERIALIZED ({locking}),
+    WITH asked AS MATERIALIZED ({asking}),
+    locked AS MATERIALIZED ({locking}),
     taken AS ({taking}), kept AS ({keeping}), raised AS ({raising}),
     logged AS (
         INSERT INTO changes (user_id, version, kind, at, actor)
-        SELECT id, version, :kind, clock_timestamp(), :actor FROM raised
+        SELECT id, version, kind, clock_timestamp(), actor FROM raised
     )
     {effects}
-    SELECT 1 / (SELECT count(*) FROM raised) FROM taken
+    SELECT n, 1 / CAST((SELECT count(*) FROM taken) = (SELECT count(*) FROM raised) AS int)
+    FROM taken JOIN asked USING (id)
 """
 _ARE_FREE = """(
     SELECT coalesce(bool_and(pg_try_advisory_xact_lock(name)), true)
-    FROM unnest(CAST(:names AS bigint[])) AS name
+    FROM unnest(CAST(asked.names AS bigint[])) AS name
 )"""
 _LOCK_THE_USER = f"""
-    SELECT id
-    FROM users
-    WHERE id = CAST(:id AS uuid) AND version = :version AND deleted_at IS NULL
-        AND :generation = (SELECT generation FROM cache_generations WHERE bucket = :bucket)
+    SELECT asked.*
+    FROM asked JOIN users ON users.id = asked.id AND users.version = asked.version - 1
+    WHERE users.deleted_at IS NULL
+        AND asked.generation = (
+            SELECT generation FROM cache_generations WHERE bucket = asked.bucket
+        )
         AND {_ARE_FREE}
-    FOR NO KEY UPDATE
+    FOR NO KEY UPDATE OF users SKIP LOCKED
 """  # noqa: S608 - of constants
-_LOCK_NO_USER = f"SELECT CAST(:id AS uuid) AS id WHERE {_ARE_FREE}"
-_IS_TAKEN_AND_KEPT = "CAST(:key AS text) IS NULL OR EXISTS (SELECT FROM kept)"
+_LOCK_NO_USER = f"SELECT * FROM asked WHERE {_ARE_FREE}"  # noqa: S608
+_IS_TAKEN_AND_KEPT = """
+    locked.id IN (SELECT id FROM taken)
+    AND (locked.key IS NULL OR locked.id IN (SELECT user_id FROM kept))
+"""
 _RAISE_THE_VERSION = f"""
     UPDATE users
-    SET version = users.version + 1, updated_at = :at
-    FROM taken
-    WHERE users.id = taken.id AND ({_IS_TAKEN_AND_KEPT})
-    RETURNING users.id, users.version
+    SET version = locked.version, updated_at = locked.at
+    FROM locked
+    WHERE users.id = locked.id AND {_IS_TAKEN_AND_KEPT}
+    RETURNING locked.*
 """  # noqa: S608
-_BEGIN_WITH_A_VERSION = f"SELECT id, 1 AS version FROM taken WHERE {_IS_TAKEN_AND_KEPT}"  # noqa: S608
-_KEEPING = KEEP.format(about="(SELECT id FROM taken WHERE CAST(:key AS text) IS NOT NULL)")
+_BEGIN_WITH_A_VERSION = f"SELECT * FROM locked WHERE {_IS_TAKEN_AND_KEPT}"  # noqa: S608
+_KEEPING = KEEP.format(about="locked JOIN taken USING (id) WHERE key IS NOT NULL")
 
 
 class Base(NamedTuple):
@@ -83,10 +93,10 @@ class Base(NamedTuple):
 
 
 class Effects(NamedTuple):
-    """What a revision does to its domain's tables: a statement made here, and its parameters."""
+    """What a revision does to its domain's tables: a statement made here, and what it is asked."""
 
     statement: Direct
-    parameters: Mapping[str, Any]
+    said: Mapping[str, Any]
 
 
 class Revision(NamedTuple, Generic[T]):
@@ -105,94 +115,117 @@ class Settled(NamedTuple, Generic[T]):
     result: T
 
 
-_BESIDE = (
-    func.clock_timestamp().label("now"),
-    is_answered(bindparam("caller"), bindparam("key")).label("is_answered"),
-)
+_ASKED = {
+    "version": "bigint",
+    "at": "timestamptz",
+    "kind": "text",
+    "actor": "text",
+    "bucket": "smallint",
+    "generation": "bigint",
+    "names": "text",
+    **RECORDED,
+}
 
 
-def reading(*beside: ColumnElement[Any]) -> Direct:
-    """Return the statement that reads a user to revise, and `beside`."""
-    return read_beside(*_BESIDE, *beside)
+KEY = {"caller": "text", "key": "text"}
+"""The types of what each statement is asked that is made by `reading` or `looking`."""
 
 
-def looking(*beside: ColumnElement[Any]) -> Direct:
-    """Return the statement that reads `beside` to register a user."""
-    return Direct(select(*_BESIDE, *beside))
+def reading(asked: CTE, *beside: ColumnElement[Any]) -> Direct:
+    """Return the statement that reads users to revise, and `beside`."""
+    return looking(asked, *beside, of=DOCUMENT.where(users.c.id == asked.c.id))
 
 
-def writing(effects: str = "", *, taking: str = "SELECT id FROM locked") -> Direct:
-    """Return the statement that writes a revision.
+def looking(asked: CTE, *beside: ColumnElement[Any], of: Select[Any] | None = None) -> Direct:
+    """Return the statement that reads `beside` to register users."""
+    key_is_answered = is_answered(asked.c.caller, asked.c.key).label("is_answered")
+    now = func.clock_timestamp().label("now")
+    found = select() if of is None else of
+    return Direct(found.add_columns(asked.c.n, now, key_is_answered, *beside))
 
-    `effects` is what a repository does to its tables, further parts of the WITH: from the row that
-    `raised` has (the id, and the new version) if the revision takes place. What may meet another's
-    row is `taking`: from `locked`, and it returns the user's id if it did not.
+
+def writing(
+    effects: str = "", *, taking: str = "SELECT id FROM locked", types: Mapping[str, str]
+) -> Direct:
+    """Return the statement that writes revisions.
+
+    `effects` is what a repository does to its tables, further parts of the WITH: from `raised`,
+    which has a row for each revision that takes place, with all that was asked (`types`, of SQL)
+    and the new `version`. What may meet another's row is `taking`: from `locked`, with the same,
+    and it returns the ids of the users who did not.
     """
-    return _statement(_LOCK_THE_USER, taking, _RAISE_THE_VERSION, effects)
+    return _writing(_LOCK_THE_USER, taking, _RAISE_THE_VERSION, effects, types)
 
 
-def registering(effects: str, *, taking: str) -> Direct:
-    """Return the statement that registers a user: `taking` inserts it, otherwise as `writing`."""
-    return _statement(_LOCK_NO_USER, taking, _BEGIN_WITH_A_VERSION, effects)
+def registering(effects: str, *, taking: str, types: Mapping[str, str]) -> Direct:
+    """Return the statement that registers users: `taking` inserts them, otherwise as `writing`."""
+    return _writing(_LOCK_NO_USER, taking, _BEGIN_WITH_A_VERSION, effects, types)
 
 
-def _statement(locking: str, taking: str, raising: str, effects: str) -> Direct:
-    return Direct(
-        text(
-            _WRITE.format(
-                locking=locking, taking=taking, keeping=_KEEPING, raising=raising, effects=effects
+def _writing(
+    locking: str, taking: str, raising: str, effects: str, types: Mapping[str, str]
+) -> Direct:
+    parts = {"locking": locking, "taking": taking, "raising": raising, "effects": effects}
+    asking = asked({**_ASKED, **types})
+    return Direct(text(_WRITE.format(asking=asking, keeping=_KEEPING, **parts)))
+
+
+class Revisions:
+    """The two statements of a revision, which those of many users share."""
+
+    def __init__(self, together: Together, shape: DocumentShape) -> None:
+        self._together = together
+        self._shape = shape
+        self._written: set[str | bytes] = set()
+
+    async def look(self, statement: Direct, asked: Asked) -> Fields | None:
+        """Read what a registration is decided on; None if `caller` and `key` have an answer."""
+        row = await self._together.fetch(statement, asked)
+        return None if row is None or row["is_answered"] else row
+
+    async def read(self, statement: Direct, asked: Asked) -> Base | None:
+        """Read a user to revise; None if there is none, or `caller` and `key` have an answer."""
+        row = await self.look(statement, asked)
+        if row is None:
+            return None
+        return Base(self._shape.document(row), choices_in(row), row["now"], row)
+
+    async def write(
+        self, revision: Revision[Any], recorder: Recorder, generation: int | None
+    ) -> bool:
+        """Write a revision, all or nothing: a change under the generation it was announced in.
+
+        A registration (None) is of no generation: nothing of its user can have been cached before.
+        Those that share the statement must not meet: a lock is its transaction's, and so everyone's
+        in it.
+        """
+        user, key = revision.user, recorder.key
+        names = (*revision.names, key.name) if key else revision.names
+        written: set[str | bytes] = {user.id, *names}
+        if not self._written.isdisjoint(written):
+            return False
+        self._written |= written
+        try:
+            row = await self._together.fetch(
+                revision.effects.statement,
+                {
+                    "id": user.id,
+                    "version": user.version,
+                    "at": user.updated_at,
+                    "kind": revision.kind.value,
+                    "actor": recorder.actor,
+                    "bucket": bucket_of(user.id),
+                    "generation": generation,
+                    "names": _array(map(lock_key, names)),
+                    **recorded(key, revision.result),
+                    **revision.effects.said,
+                },
             )
-        )
-    )
+        finally:
+            self._written -= written
+        return row is not None
 
 
-async def look(
-    connection: asyncpg.Connection, statement: Direct, parameters: Mapping[str, Any]
-) -> Fields | None:
-    """Read what a registration is decided on; None if `caller` and `key` have an answer."""
-    (row,) = await statement.fetch(connection, parameters)
-    return None if row["is_answered"] else row
-
-
-async def read(
-    connection: asyncpg.Connection,
-    shape: DocumentShape,
-    statement: Direct,
-    parameters: Mapping[str, Any],
-) -> Base | None:
-    """Read a user (`id`) to revise; None if there is none, or `caller` and `key` have an answer."""
-    rows = await statement.fetch(connection, parameters)
-    if not rows or rows[0]["is_answered"]:
-        return None
-    (row,) = rows
-    return Base(shape.document(row), choices_in(row), row["now"], row)
-
-
-async def write(
-    connection: asyncpg.Connection,
-    revision: Revision[Any],
-    recorder: Recorder,
-    generation: int | None,
-) -> bool:
-    """Write a revision, all of it or nothing: a change under the generation it was announced in.
-
-    A registration (None) is of no generation: nothing of its user can have been cached before.
-    """
-    user, key = revision.user, recorder.key
-    names = (*revision.names, key.name) if key else revision.names
-    parameters = {
-        "id": user.id,
-        "version": user.version - 1,
-        "at": user.updated_at,
-        "kind": revision.kind.value,
-        "actor": recorder.actor,
-        "bucket": bucket_of(user.id),
-        "generation": generation,
-        "names": [lock_key(name) for name in names],
-        **recorded(key, revision.result),
-        **revision.effects.parameters,
-    }
-    try:
-        return bool(await revision.effects.statement.fetch(connection, parameters))
-    except asyncpg.DivisionByZeroError:
-        return False
+def _array(numbers: Iterable[int]) -> str:
+    """Return an array as SQL reads it: of arrays that are not of one length there is none."""
+    return f"{{{','.join(map(str, numbers))}}}"

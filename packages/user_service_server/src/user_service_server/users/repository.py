@@ -12,9 +12,9 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 from user_service_schemas import Choices, Consent
 
-from ..preferences.repository import BEGINNING, said_first
+from ..preferences.repository import BEGINNING, SAID, said_first
 from ..storage import revisions
-from ..storage.database import Direct
+from ..storage.direct import Direct, asking
 from ..storage.revisions import Effects
 from ..storage.tables import users
 
@@ -60,7 +60,8 @@ def after(user_id: str) -> ColumnElement[bool]:
 
 _PERSONAL = ("external_id", "name", "email", "email_key", "phone", "locale", "password_hash")
 _EMAIL_NAME = bindparam("email_name", type_=LargeBinary)
-LOOK = revisions.looking(_is_deliverable(_EMAIL_NAME).label("email_deliverable"))
+_asked = asking({"email_name": "bytea", **revisions.KEY})
+LOOK = revisions.looking(_asked, _is_deliverable(_asked.c.email_name).label("email_deliverable"))
 # The function sees what was committed until it is asked, and so all that was done by whoever had
 # the lock on the address's name before.
 _REGISTER = revisions.registering(
@@ -68,14 +69,19 @@ _REGISTER = revisions.registering(
     taking="""
         INSERT INTO users (id, version, created_at, updated_at, email_deliverable, external_id,
             name, email, email_key, phone, locale, password_hash)
-        SELECT id, 1, CAST(:at AS timestamptz), CAST(:at AS timestamptz), :email_deliverable,
-            :its_external_id, :its_name, :its_email, :its_email_key, :its_phone, :its_locale,
-            :its_password_hash
+        SELECT id, 1, at, at, email_deliverable, its_external_id, its_name, its_email,
+            its_email_key, its_phone, its_locale, its_password_hash
         FROM locked
-        WHERE is_deliverable(CAST(:email_name AS bytea)) = :email_deliverable
+        WHERE is_deliverable(email_name) = email_deliverable
         ON CONFLICT DO NOTHING
         RETURNING id
     """,
+    types={
+        "email_name": "bytea",
+        "email_deliverable": "boolean",
+        **{f"its_{column}": "text" for column in _PERSONAL},
+        **SAID,
+    },
 )
 
 

@@ -25,7 +25,8 @@ from ..errors import EmailTaken, ExternalIdTaken, Invalid
 from ..preferences import repository as preferences
 from ..settings import Settings
 from ..storage import recorded_answers
-from ..storage.database import Fields, driver
+from ..storage.database import driver
+from ..storage.direct import Fields
 from ..storage.document import EntityTags, StoredDocument
 from ..storage.documents import Documents, Write
 from ..storage.recorded_answers import Recorder
