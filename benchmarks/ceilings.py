@@ -136,7 +136,7 @@ class _OnEngines:
 
 
 class Misses(_OnEngines):
-    """C2: all reads of a turn ask Redis, lease there, and ask PostgreSQL, once; stored behind."""
+    """C2: all reads of a turn look in Redis, and lease, and ask PostgreSQL; stored behind."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
@@ -159,9 +159,8 @@ class Misses(_OnEngines):
     async def _fly(self, waiting: dict[str, asyncio.Future[None]]) -> None:
         lease = f"L{secrets.token_hex(8)}"
         try:
-            await self._wire.strings(list(waiting))
             await self.ask_redis(
-                *(("SET", user, lease, "NX", "PX", cache.LEASE_TTL_MS) for user in waiting)
+                ("EVAL", cache._LOOK, len(waiting), *waiting, lease, cache.LEASE_TTL_MS)
             )
             async with self.connection() as connection:
                 rows = await connection.fetch(document._READ.text, list(waiting))
@@ -172,9 +171,8 @@ class Misses(_OnEngines):
             return
         for future in waiting.values():
             future.set_result(None)
-        await self.ask_redis(
-            *(("EVAL", cache._FILL, 1, user, lease, self._ready, _TTL_MS) for user in waiting)
-        )
+        filled = (lease, self._ready, _TTL_MS) * len(waiting)
+        await self.ask_redis(("EVAL", cache._FILL, len(waiting), *waiting, *filled))
 
 
 class Changes(_OnEngines):

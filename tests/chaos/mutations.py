@@ -29,12 +29,18 @@ def _announcement() -> None:
 def _lease() -> None:
     # What a version alone would guard: a fill takes every place that holds nothing newer.
     cache._FILL = """
-    local held = redis.call('TYPE', KEYS[1]).ok == 'string' and redis.call('GET', KEYS[1]) or ''
-    if redis.call('TYPE', KEYS[1]).ok == 'hash' then return 0 end
-    local cached = tonumber(string.match(held, '^D(%d+)') or '0')
-    if cached > tonumber(string.match(ARGV[2], '^D(%d+)')) then return 0 end
-    redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
-    return 1
+    local stored = 0
+    for i, key in ipairs(KEYS) do
+      local held = redis.pcall('GET', key) or ''
+      if type(held) == 'string' then
+        local cached = tonumber(string.match(held, '^D(%d+)') or '0')
+        if cached <= tonumber(string.match(ARGV[3 * i - 1], '^D(%d+)')) then
+          redis.call('SET', key, ARGV[3 * i - 1], 'PX', ARGV[3 * i])
+          stored = stored + 1
+        end
+      end
+    end
+    return stored
     """
 
 

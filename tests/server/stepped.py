@@ -30,7 +30,7 @@ from user_service_server.settings import Settings
 from user_service_server.storage import cache as cache_module
 from user_service_server.storage import replica as standbys
 from user_service_server.storage.buckets import bucket_of, hash_tag
-from user_service_server.storage.cache import Absence, DocumentCache
+from user_service_server.storage.cache import Absent, DocumentCache
 from user_service_server.storage.database import Database
 from user_service_server.storage.document import DocumentShape, StoredDocument
 from user_service_server.storage.documents import Documents, Write
@@ -169,6 +169,7 @@ def _point_of(command: Command) -> str:
         cache_module._LEASE_FOREIGN: "lease",
         cache_module._ANNOUNCE: "announce",
         cache_module._FILL: "fill",
+        cache_module._LOOK: "get",
         cache_module._PUBLISH: "publish",
     }
     return scripts[command[1]] if command[0] == "EVAL" else "get"
@@ -236,14 +237,16 @@ class SteppedLink(RedisLink):
         ]
 
     def _reaches(self, command: Command) -> bool:
-        key = command[3] if command[0] == "EVAL" else command[1]
-        return not self.cut and not any(hash_tag(bucket) in key for bucket in self.cut_buckets)
+        keys = command[3 : 3 + command[2]] if command[0] == "EVAL" else command[1:2]
+        return not self.cut and not any(
+            hash_tag(bucket) in key for bucket in self.cut_buckets for key in keys
+        )
 
 
 class SteppedDocuments(Documents):
     """Documents that tell an errand that it waits for the read of another."""
 
-    async def _join_flight(self, user_id: str, absence: Absence) -> StoredDocument | None:
+    async def _join_flight(self, user_id: str, absence: Absent) -> StoredDocument | None:
         if user_id in self._flights and (errand := _errand.get()):
             errand.wake()
         return await super()._join_flight(user_id, absence)

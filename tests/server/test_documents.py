@@ -23,14 +23,17 @@ from user_service_server.storage.cache import (
     LEASE_TTL_MS,
     MARKER_TTL_MS,
     MISS,
+    SCRIPT_LIMIT,
     Announcement,
     DocumentCache,
+    Lease,
     Outcome,
     Said,
 )
 from user_service_server.storage.document import DocumentShape, StoredDocument
 from user_service_server.storage.link import RedisLink
 from user_service_server.storage.state import Generation, SharedState, StateWatcher
+from user_service_server.storage.wire import UNREACHABLE, Command
 
 from ..engines import settings_for
 from ..system.subscribers import connected, insert_users
@@ -655,6 +658,9 @@ class State:
     def is_quiet(self, _bucket: int) -> bool:
         return self.quiet
 
+    async def catch_up(self) -> None:
+        """Nothing is new."""
+
     @property
     def namespaces(self) -> Sequence[str]:
         return SharedState(self.epoch, (Generation(1),) * BUCKETS).namespaces
@@ -696,7 +702,8 @@ def at(version: int) -> StoredDocument:
 
 async def is_announced(cache: DocumentCache) -> bool:
     """Whether there is no document, and nobody is let to fill one."""
-    return not isinstance(await cache.get(U), StoredDocument) and not await cache.lease({U: MISS})
+    found = await cache.get(U)
+    return not isinstance(found, StoredDocument | Lease) and not await cache.lease({U: MISS})
 
 
 async def test_the_last_writer_publishes(cache: DocumentCache) -> None:
@@ -788,12 +795,12 @@ async def test_a_writer_whose_announcement_was_evicted_stores_nothing(
     leases = await cache.lease({U: MISS})
     await cache.fill({U: at(2)}, leases)
     await publish(cache, at(3), "writer")
-    assert await cache.get(U) is MISS, "an older document is removed"
+    assert await cache.get_many([U]) == [MISS], "an older document is removed"
 
     leases = await cache.lease({U: MISS})
     await publish(cache, at(3), "writer")
     await cache.fill({U: at(2)}, leases)
-    assert await cache.get(U) is MISS, "and so is the lease of who may have read it"
+    assert await cache.get_many([U]) == [MISS], "and so is the lease of who may have read it"
 
     leases = await cache.lease({U: MISS})
     await cache.fill({U: at(4)}, leases)
@@ -861,6 +868,99 @@ async def test_gets_of_one_turn_share_a_round_trip(
     assert found == [at(1)] * 25 + [MISS] * 25
     calls = [int(stats.get("cmdstat_mget", {"calls": 0})["calls"]) for stats in (before, after)]
     assert calls[1] - calls[0] == 1
+
+
+async def cold(cache: DocumentCache) -> None:
+    """Let a turn find nothing."""
+    await cache.get(str(uuid4()))
+
+
+async def test_where_most_is_missing_who_looks_leases(
+    cache: DocumentCache, stored: redis.asyncio.Redis
+) -> None:
+    """And may fill what was leased so; what is there, or leased, or announced, is left alone."""
+    kept, foreign, leased, announced, free = (str(uuid4()) for _ in range(5))
+    await cache.fill({kept: at(1)}, await cache.lease({kept: MISS}))
+    await stored.set(cache._key(foreign), b"D1 other\n{}")
+    assert await cache.lease({leased: MISS})
+    await cache.announce([announced], Announcement("writer"))
+    await cold(cache)
+    *others, lease = await asyncio.gather(*map(cache.get, (kept, foreign, leased, announced, free)))
+    assert others == [at(1), FOREIGN, BYPASS, BYPASS]
+    assert isinstance(lease, Lease)
+    assert 0 < await stored.pttl(cache._key(free)) <= LEASE_TTL_MS
+    leases = await cache.lease({free: lease, foreign: FOREIGN, leased: BYPASS})
+    assert leases.keys() == {free, foreign}
+    await cache.fill({free: at(2), foreign: at(3)}, leases)
+    assert await cache.get_many([free, foreign, leased]) == [at(2), at(3), BYPASS]
+
+
+async def test_a_lease_of_who_looked_is_wiped_by_a_writer(cache: DocumentCache) -> None:
+    await cold(cache)
+    lease = await cache.get(U)
+    await announce(cache, "writer")
+    await cache.fill({U: at(1)}, await cache.lease({U: lease}))  # type: ignore[dict-item]
+    assert await is_announced(cache)
+    await publish(cache, at(2), "writer")
+    await cache.fill({U: at(1)}, await cache.lease({U: lease}))  # type: ignore[dict-item]
+    assert await cache.get(U) == at(2)
+
+
+async def test_where_most_is_there_who_looks_leases_nothing(cache: DocumentCache) -> None:
+    """It takes Redis longer to look so."""
+    ids = [str(uuid4()) for _ in range(3)]
+    leases = await cache.lease(dict.fromkeys(ids, MISS))
+    await cache.fill(dict.fromkeys(ids, at(1)), leases)
+    await cold(cache)
+    assert isinstance(await cache.get(str(uuid4())), Lease)
+    assert await asyncio.gather(*map(cache.get, ids)) == [at(1)] * 3
+    assert await cache.get(str(uuid4())) is MISS
+
+
+@pytest.mark.parametrize("reason", ["quiet", "outdated", "cluster", "crowd"])
+async def test_who_may_not_lease_looks_only(
+    reason: str, cache: DocumentCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await cold(cache)
+    if reason == "quiet":
+        monkeypatch.setattr(cache._state, "quiet", True)
+    elif reason == "outdated":
+        monkeypatch.setattr(cache._state, "is_outdated", True)
+    elif reason == "cluster":
+        monkeypatch.setattr(RedisLink, "is_one", False)
+    number = SCRIPT_LIMIT + 1 if reason == "crowd" else 2
+    assert set(await asyncio.gather(*(cache.get(str(uuid4())) for _ in range(number)))) == {MISS}
+
+
+async def test_a_redis_that_is_away_gives_no_lease(
+    cache: DocumentCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await cold(cache)
+
+    async def run(commands: Sequence[Command]) -> list[Any]:
+        return [UNREACHABLE] * len(commands)
+
+    monkeypatch.setattr(cache._link, "run", run)
+    found = await asyncio.gather(cache.get(U), cache.get(str(uuid4())))
+    assert set(found) == {BYPASS}
+
+
+@pytest.mark.parametrize("is_one", [True, False])
+async def test_many_are_filled_by_few_scripts_and_each_under_its_own_lease(
+    is_one: bool, cache: DocumentCache, stored: redis.asyncio.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a cluster a script has one key."""
+    monkeypatch.setattr(RedisLink, "is_one", is_one)
+    ids = [str(uuid4()) for _ in range(2 * SCRIPT_LIMIT + 1)]
+    leases = await cache.lease(dict.fromkeys(ids, MISS))
+    for lost in ids[::3]:
+        leases[lost] = "L0"
+    before = await stored.info("commandstats")
+    await cache.fill({user_id: at(n) for n, user_id in enumerate(ids)}, leases)
+    after = await stored.info("commandstats")
+    assert await cache.get_many(ids) == [BYPASS if n % 3 == 0 else at(n) for n in range(len(ids))]
+    calls = [int(stats.get("cmdstat_eval", {"calls": 0})["calls"]) for stats in (before, after)]
+    assert calls[1] - calls[0] == (3 if is_one else len(ids))
 
 
 async def test_who_waits_for_the_cache_is_told_of_a_fault_of_ours(

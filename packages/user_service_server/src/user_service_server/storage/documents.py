@@ -23,7 +23,7 @@ from ..errors import (
     VersionMismatch,
 )
 from . import recorded_answers
-from .cache import Absence, Announcement, DocumentCache, Outcome
+from .cache import Absent, Announcement, DocumentCache, Outcome
 from .database import (
     TRANSACTION_TIMEOUT,
     Database,
@@ -263,7 +263,7 @@ class _Flight(NamedTuple):
     """A read of a document that is under way, and who waits for it."""
 
     user_id: str
-    absence: Absence
+    absence: Absent
     began: float
     waiting: list[asyncio.Future[StoredDocument | None]]
 
@@ -549,7 +549,7 @@ class Documents:
             self._flights.pop(user_id, None)
             self._unknown.pop(user_id, None)
 
-    async def _join_flight(self, user_id: str, absence: Absence) -> StoredDocument | None:
+    async def _join_flight(self, user_id: str, absence: Absent) -> StoredDocument | None:
         """Read a document from Postgres, once for all who miss it at the same time.
 
         All flights that begin in one turn of the event loop share their leases, their statement
@@ -596,7 +596,7 @@ class Documents:
         del self._flights[flight.user_id]
         return True
 
-    async def _load(self, absent: Mapping[str, Absence]) -> Mapping[str, StoredDocument]:
+    async def _load(self, absent: Mapping[str, Absent]) -> Mapping[str, StoredDocument]:
         """Read documents from the replica or else from the primary, and cache what may be.
 
         They are cached while the answer is already on its way.

@@ -218,6 +218,11 @@ class RedisLink:
             self._map = ConnectionPool.from_url(settings.redis_url, **options)
 
     @property
+    def is_one(self) -> bool:
+        """Whether a command may have several keys, since they are all on one server."""
+        return isinstance(self._map, ConnectionPool)
+
+    @property
     def reachable(self) -> bool:
         """Whether all servers answer."""
         return all(server.wire is not None for server in self._servers.values())

@@ -30,7 +30,8 @@ TURNS = 3
 """How many turns of the event loop an answer takes at most from the socket to who asked."""
 
 Command = tuple[Any, ...]
-"""A command that concerns one key, which is its second word, or of EVAL its fourth."""
+"""A command that concerns one key, which is its second word, or of EVAL its fourth. (EVAL may have
+several where `RedisLink.is_one`.)"""
 
 
 class Unreachable(Enum):
