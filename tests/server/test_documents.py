@@ -895,6 +895,22 @@ async def test_where_most_is_missing_who_looks_leases(
     assert await cache.get_many([free, foreign, leased]) == [at(2), at(3), BYPASS]
 
 
+async def test_what_is_left_behind_as_somebody_looks_is_not_leased_anew(
+    cache: DocumentCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the new generation nothing may be filled yet, whoever is about to ask for a lease."""
+    await cold(cache)
+    looking = cache.get(U)
+
+    def leave_behind() -> None:
+        monkeypatch.setattr(cache._state, "epoch", uuid4().hex)
+        monkeypatch.setattr(cache._state, "quiet", True)
+
+    asyncio.get_running_loop().call_soon(leave_behind)
+    await cache.fill({U: at(1)}, await cache.lease({U: await looking}))  # type: ignore[dict-item]
+    assert await cache.get_many([U]) == [MISS]
+
+
 async def test_a_lease_of_who_looked_is_wiped_by_a_writer(cache: DocumentCache) -> None:
     await cold(cache)
     lease = await cache.get(U)

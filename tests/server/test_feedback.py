@@ -347,7 +347,7 @@ async def test_who_registers_with_an_address_is_waited_for_before_it_is_restored
             await sql.execute("UPDATE users SET external_id = NULL WHERE id = $1", giver)
             body = {"name": "Heir", "email": address, "external_id": taken}
             registering = asyncio.create_task(http.post("/api/v1/users/", json=body))
-            await until(partial(waits, "%WITH asked AS MATERIALIZED%"), 2)
+            await until(partial(waits, "%INSERT INTO users%"), 2)
             path = f"/api/v1/users/{owner}/suppression"
             restoring = asyncio.create_task(http.delete(path))
             await until(partial(waits, "%pg_advisory_xact_lock%"), 2)

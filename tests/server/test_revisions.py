@@ -12,12 +12,14 @@ import asyncpg
 import httpx
 import pytest
 from sqlalchemy import Engine, event
+from user_service_server.devices import repository as devices_repository
 from user_service_server.errors import DependencyUnavailable
 from user_service_server.preferences import repository
 from user_service_server.settings import Settings
 from user_service_server.storage.database import Database
 
 from ..engines import settings_for
+from ..system.subscribers import connected
 from ..system.trouble import until
 from .statements import around_direct, in_background
 from .test_devices import listed, new_token, shown
@@ -162,7 +164,8 @@ async def test_a_user_whom_another_has_locked_is_changed_after_that(
     async def is_waiting() -> bool:
         found = await rows(
             database_url,
-            "SELECT query FROM pg_stat_activity WHERE wait_event_type = 'Lock'",
+            "SELECT query FROM pg_stat_activity"
+            " WHERE wait_event_type = 'Lock' AND datname = current_database()",
         )
         return any(query.lstrip().startswith("WITH asked") is waits for (query,) in found)
 
@@ -177,6 +180,39 @@ async def test_a_user_whom_another_has_locked_is_changed_after_that(
     document = await fetch(http, user)
     assert (document["name"], document["version"]) == ("First", 3)
     assert document["preferences"]["push"] is False
+
+
+@pytest.mark.parametrize("change", ["preferences", "device"])
+async def test_a_user_of_the_same_version_after_the_wait_is_revised(
+    change: str, http: httpx.AsyncClient, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What changed raises no version, as a password does. The statement is made to wait for it."""
+    statement = repository._SAY if change == "preferences" else devices_repository._ADD
+    monkeypatch.setattr(statement, "text", statement.text.replace(" SKIP LOCKED", ""))
+    user, token = await someone(http), new_token()
+
+    async def is_waiting() -> bool:
+        waiting = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE $1"
+        return bool(await rows(database_url, waiting, "%WITH asked%"))
+
+    async with connected(database_url) as sql:
+        async with sql.transaction():
+            await sql.execute("UPDATE users SET password_hash = 'other' WHERE id = $1", user)
+            with counted() as statements:
+                writing = asyncio.create_task(
+                    prefer(http, user, push=False)
+                    if change == "preferences"
+                    else add(http, user, token)
+                )
+                await until(is_waiting, 3)
+        answer = await writing
+    assert answer.status_code in {200, 201}, answer.text
+    assert not any("WITH changed AS" in statement for statement in statements)
+    await assert_same_bytes(http, user)
+    ((version, password),) = await rows(
+        database_url, "SELECT version, password_hash FROM users WHERE id = $1", user
+    )
+    assert (version, password) == (2, "other")
 
 
 async def test_an_erased_user_is_not_revised(http: httpx.AsyncClient, database_url: str) -> None:

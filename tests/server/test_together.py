@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import count
 from typing import Any
 from uuid import uuid4
 
@@ -12,10 +13,14 @@ import asyncpg
 import httpx
 import pytest
 from sqlalchemy import text
+from structlog.testing import capture_logs
+from user_service_schemas import RegisterDevice, token_digest
+from user_service_server.devices.repository import touch
 from user_service_server.preferences import repository
 from user_service_server.settings import Settings
 from user_service_server.storage import together
-from user_service_server.storage.direct import Direct, asked
+from user_service_server.storage.database import lock_key
+from user_service_server.storage.direct import Direct, rows_of
 from user_service_server.storage.together import Together
 
 from ..engines import settings_for
@@ -23,8 +28,18 @@ from ..system.subscribers import connected
 from ..system.trouble import until
 from .statements import around_direct
 from .test_devices import listed, new_token, shown
+from .test_feedback import new_address
 from .test_preferences import history
-from .test_revisions import READ, WRITE, add, assert_same_bytes, counted, prefer, someone
+from .test_revisions import (
+    READ,
+    WRITE,
+    add,
+    assert_same_bytes,
+    counted,
+    once_before,
+    prefer,
+    someone,
+)
 from .test_users import assert_failed, changes_of, fetch, rows
 
 TOUCH = "UPDATE devices SET last_seen_at"
@@ -132,32 +147,85 @@ async def test_a_token_that_is_locked_holds_up_no_other(
     assert await shown(http, users[0]) == [tokens[0]]
 
 
+async def test_a_name_that_is_locked_holds_up_no_other(
+    http: httpx.AsyncClient, database_url: str
+) -> None:
+    users, tokens = await some(http, 4), [new_token() for _ in range(4)]
+    async with connected(database_url) as other, other.transaction():
+        name = lock_key(token_digest(tokens[0]))
+        await other.execute("SELECT pg_advisory_xact_lock($1)", name)
+        waiting, *others = map(asyncio.create_task, map(add, [http] * 4, users, tokens))
+        assert [answer.status_code for answer in await asyncio.gather(*others)] == [201] * 3
+        assert not waiting.done()
+    assert (await waiting).status_code == 201
+    assert await shown(http, users[0]) == [tokens[0]]
+
+
+async def test_a_duplicate_whose_owner_is_locked_holds_up_no_other(
+    http: httpx.AsyncClient, database_url: str
+) -> None:
+    """An insert would wait for what may become of the address."""
+    people = [{"name": "Jane Roe", "email": new_address()} for _ in range(4)]
+    first = await http.post("/api/v1/users/", json=people[0])
+    owner = first.json()["data"]["id"]
+    async with connected(database_url) as other, other.transaction():
+        await other.execute("UPDATE users SET version = version WHERE id = $1", owner)
+        waiting, *others = (
+            asyncio.create_task(http.post("/api/v1/users/", json=person)) for person in people
+        )
+        assert [answer.status_code for answer in await asyncio.gather(*others)] == [201] * 3
+        assert not waiting.done()
+    assert_failed(await waiting, 409, "email_taken", "email")
+
+
 async def test_what_postgres_refuses_to_one_costs_no_other(
     http: httpx.AsyncClient, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All of them go the way of the general shape, which knows of no other."""
+    """All of them go the way of the general shape, which knows of no other. The log tells."""
     users = await some(http, 5)
-    refused: list[str] = []
-
-    async def note(statement: str, _connection: object) -> None:
-        if "WITH changed AS" in statement:
-            refused.append(statement)
-
-    monkeypatch.setattr(repository, "_to_json", lambda _: "no JSON")
-    with around_direct(note):
+    encode, encoded = repository._to_json, count()
+    # Of one change categories and what has changed, and so the first statement's.
+    monkeypatch.setattr(
+        repository, "_to_json", lambda value: "no JSON" if next(encoded) < 2 else encode(value)
+    )
+    with capture_logs() as told, counted() as statements:
         answers = await asyncio.gather(*(prefer(http, user, push=False) for user in users))
     assert [answer.status_code for answer in answers] == [200] * 5
-    assert len(refused) == 5
+    assert sum("WITH changed AS" in statement for statement in statements) >= 1
+    (refusal,) = [entry for entry in told if entry["event"] == "postgres.refused"]
+    assert "InvalidTextRepresentation" in refusal["error"]
+    assert "no JSON" not in str(refusal)
     for user in users:
         assert len(await changes_of(database_url, user)) == 2
         assert (await fetch(http, user))["preferences"]["push"] is False
 
 
+async def test_a_key_that_got_an_answer_meanwhile_takes_back_what_shares_its_statement(
+    http: httpx.AsyncClient, database_url: str
+) -> None:
+    """And each of the others is done after that, once."""
+    users, keys = await some(http, 5), [str(uuid4()) for _ in range(5)]
+    with once_before(WRITE, lambda: prefer(http, users[0], push=False, key=keys[0])):
+        answers = await asyncio.gather(
+            *(
+                prefer(http, user, push=False, key=key)
+                for user, key in zip(users, keys, strict=True)
+            )
+        )
+    assert [answer.status_code for answer in answers] == [200] * 5
+    replayed = ["Idempotency-Replayed" in answer.headers for answer in answers]
+    assert replayed == [True] + [False] * 4
+    for user, answer in zip(users, answers, strict=True):
+        assert [version for version, _ in await changes_of(database_url, user)] == [1, 2]
+        assert answer.headers["ETag"].endswith('.2"')
+        await assert_same_bytes(http, user)
+
+
 @pytest.mark.parametrize("same", ["user", "key", "token"])
-async def test_what_may_not_be_shared_is_not(
+async def test_who_would_meet_in_a_statement_does_not_come_to_it(
     same: str, http: httpx.AsyncClient, database_url: str
 ) -> None:
-    """A lock is its transaction's: two who share that would both have it."""
+    """All that share it would be taken back: so those who meet nobody share it still."""
     users, keys, tokens = await some(http, 4), [""] * 4, [new_token() for _ in range(4)]
     if same == "user":
         users = users[:1] * 4
@@ -165,7 +233,14 @@ async def test_what_may_not_be_shared_is_not(
         keys = [str(uuid4())] * 4
     else:
         tokens = tokens[:1] * 4
-    answers = await asyncio.gather(*map(add, [http] * 4, users, tokens, keys))
+    strangers = await some(http, 3)
+    with counted() as statements:
+        answers, unmet = await asyncio.gather(
+            asyncio.gather(*map(add, [http] * 4, users, tokens, keys)),
+            asyncio.gather(*(prefer(http, user, push=False) for user in strangers)),
+        )
+    assert [answer.status_code for answer in unmet] == [200] * 3
+    assert sum("WITH changed AS" in statement for statement in statements) <= 4
     statuses = sorted(answer.status_code for answer in answers)
     held = [await shown(http, user) for user in users]
     if same == "user":
@@ -216,7 +291,7 @@ async def asks(database_url: str) -> AsyncIterator[Together]:
         yield Together(give)
 
 
-ASKED = f"WITH asked AS ({asked({'said': 'text'})})"
+ASKED = f"WITH asked AS ({rows_of({'said': 'text'})})"
 ECHO = Direct(text(f"{ASKED} SELECT n, id, said FROM asked"))  # noqa: S608
 SLEEP = Direct(text(f"{ASKED} SELECT n, pg_sleep(0.05), said FROM asked"))  # noqa: S608
 
@@ -265,3 +340,20 @@ async def test_closing_waits_for_what_is_under_way(asks: Together) -> None:
     await until(is_under_way, 1)
     await asks.close()
     assert answer.done()
+
+
+async def test_a_token_that_is_seen_many_times_in_one_turn_is_touched_for_all(
+    http: httpx.AsyncClient, asks: Together
+) -> None:
+    """An app that repeats itself costs no more than one that does not."""
+    user, token = await someone(http), new_token()
+    assert (await add(http, user, token)).status_code == 201
+    request, digest = RegisterDevice(token=token, platform="ios"), token_digest(token)
+    (first, *others) = await asyncio.gather(
+        *(touch(asks, user, digest, request) for _ in range(6)), touch(asks, user, b"", request)
+    )
+    assert first is not None
+    assert others == [first] * 5 + [None]
+    (device,) = await listed(http, user)
+    assert device["id"] == first[0].id
+    assert device["last_seen_at"] > device["registered_at"]

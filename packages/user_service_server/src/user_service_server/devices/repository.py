@@ -7,9 +7,13 @@ from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 from sqlalchemy import (
+    ARRAY,
     ColumnElement,
+    FromClause,
+    LargeBinary,
     Row,
     and_,
+    bindparam,
     delete,
     exists,
     func,
@@ -46,32 +50,45 @@ _SWITCH_OFF = text("""
 
 
 _TOKEN = {"token_digest": "bytea", "token": "text", "platform": "text", "app": "text"}
-_asked = asking(_TOKEN)
+_touching = asking(_TOKEN)
+
+
+def _is_touched(device: FromClause) -> ColumnElement[bool]:
+    return and_(
+        device.c.token_digest == _touching.c.token_digest,
+        device.c.user_id == _touching.c.id,
+        device.c.token == _touching.c.token,
+        device.c.platform == _touching.c.platform,
+        device.c.app.is_not_distinct_from(_touching.c.app),
+    )
+
+
 # What another write has locked is left to the way that waits: this is a statement of many users.
 _seen = (
-    select(devices.c.id, _asked.c.n)
+    select(devices.c.id)
     .where(
-        devices.c.token_digest == _asked.c.token_digest,
-        devices.c.user_id == _asked.c.id,
+        # By the array, too: see `revisions.reading`.
+        is_one_of(devices.c.token_digest, bindparam("token_digest", type_=ARRAY(LargeBinary))),
         devices.c.active,
-        devices.c.token == _asked.c.token,
-        devices.c.platform == _asked.c.platform,
-        devices.c.app.is_not_distinct_from(_asked.c.app),
+        exists().where(_is_touched(devices)),
     )
     .with_for_update(of=devices, key_share=True, skip_locked=True)
     .cte("seen")
 )
-_TOUCH = Direct(
+_touched = (
     update(devices)
     .values(last_seen_at=func.clock_timestamp())
     .where(devices.c.id == _seen.c.id, users.c.id == devices.c.user_id)
-    .returning(devices, users.c.version, _seen.c.n)
+    .returning(devices, users.c.version)
+    .cte("touched")
 )
+# An app may ask twice.
+_TOUCH = Direct(select(_touching.c.n, _touched).where(_is_touched(_touched)))
 _theirs = devices.c.user_id == users.c.id
-_asked = asking({"token_digest": "bytea", **revisions.KEY})
+_adding = asking({"token_digest": "bytea", **revisions.KEY})
 READ = revisions.reading(
-    _asked,
-    exists().where(devices.c.token_digest == _asked.c.token_digest).label("is_known"),
+    _adding,
+    exists().where(devices.c.token_digest == _adding.c.token_digest).label("is_known"),
     select(func.count()).where(_theirs).scalar_subquery().label("held"),
     select(func.min(devices.c.deactivated_at)).where(_theirs).scalar_subquery().label("off_since"),
 )
@@ -93,7 +110,8 @@ async def touch(
 ) -> tuple[DeviceDetails, int] | None:
     """Note that a user's own, active, unchanged token was seen; None if it is not such a one.
 
-    The one write that changes no document, and so needs no lock, version or announcement.
+    Or if another write has locked it. The one write that changes no document, and so needs no lock
+    of the user, no version and no announcement.
     Returns the device and the user's version.
     """
     touched = await together.fetch(

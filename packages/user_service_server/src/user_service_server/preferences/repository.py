@@ -17,7 +17,7 @@ from user_service_schemas import (
 )
 
 from ..storage import revisions
-from ..storage.direct import Direct, asking, said
+from ..storage.direct import Direct, asking, row_of
 from ..storage.revisions import Effects
 from ..storage.tables import preference_history, preferences, users
 
@@ -99,7 +99,7 @@ def _to_json(value: object) -> str:
     return msgspec.json.encode(value).decode()
 
 
-_ROW = said({"id": "uuid", "version": "bigint", "actor": "text", **SAID})
+_ROW = row_of({"id": "uuid", "version": "bigint", "actor": "text", **SAID})
 _BEGIN = Direct(text(f"WITH raised AS ({_ROW}) {BEGINNING} SELECT 1"))
 
 

@@ -42,7 +42,7 @@ class Direct:
         return rows
 
 
-def asked(types: Mapping[str, str]) -> str:
+def rows_of(types: Mapping[str, str]) -> str:
     """Return the SELECT with a row for each who asks (see `together`), of the `types` of SQL.
 
     Beside them it has `id`, a UUID, and `n`, which says who it is, from 1. Only the ids are
@@ -56,11 +56,11 @@ def asked(types: Mapping[str, str]) -> str:
 
 
 def asking(types: Mapping[str, str]) -> CTE:
-    """Return what is `asked` as a part of a statement of SQLAlchemy."""
+    """Return these rows as the part `asked` of a statement of SQLAlchemy."""
     columns: list[ColumnClause[Any]] = [column(name) for name in ("id", "n", *types)]
-    return text(asked(types)).columns(*columns).cte("asked")
+    return text(rows_of(types)).columns(*columns).cte("asked")
 
 
-def said(types: Mapping[str, str]) -> str:
-    """Return the SELECT of one row, of a statement that nobody shares."""
+def row_of(types: Mapping[str, str]) -> str:
+    """Return the SELECT of one row, for a statement that nobody shares."""
     return "SELECT " + ", ".join(f"CAST(:{name} AS {of}) AS {name}" for name, of in types.items())

@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import asyncpg
 import msgspec
@@ -36,6 +36,8 @@ from ..settings import Settings
 from .direct import Direct, Fields
 from .tables import change_feed, devices, preferences, service_state, users
 
+T = TypeVar("T")
+
 _ID = UUID(as_uuid=False)
 _decode_devices = msgspec.json.Decoder(tuple[Device, ...]).decode
 decode_user = msgspec.json.Decoder(User).decode
@@ -43,16 +45,17 @@ _encode = msgspec.json.Encoder().encode
 
 
 def is_one_of(
-    column: ColumnElement[str], ids: Sequence[str] | BindParameter[Sequence[str]]
+    column: ColumnElement[T], values: Sequence[T] | BindParameter[Sequence[T]]
 ) -> ColumnElement[bool]:
-    """Select by ids: one array, and so one statement however many they are.
+    """Select by ids, or digests: one array, and so one statement however many they are.
 
     As the result of a subquery: of a parameter's array Postgres knows the length, and expects ten
     elsewhere. So it would plan the statement anew each time, which takes longer than to run it (of
     Postgres' CPU 250 µs for a document, and as it is 100).
     """
-    array = ids if isinstance(ids, BindParameter) else cast(list(ids), ARRAY(_ID))
-    return column == any_(cast(select(array).scalar_subquery(), ARRAY(_ID)))
+    of = ARRAY(column.type)
+    array = values if isinstance(values, BindParameter) else cast(list(values), of)
+    return column == any_(cast(select(array).scalar_subquery(), of))
 
 
 class StoredDocument(msgspec.Struct, frozen=True, gc=False):

@@ -458,12 +458,12 @@ class Documents:
         user_id: str,
         recorder: Recorder,
         looking: Direct,
-        decide: Callable[[Fields], Revision[T]],
+        decide: Callable[[Fields], Revision[T] | None],
         **beside: Any,
     ) -> T | None:
         """Register a user in two statements; None if nothing came of it, and `write` has to.
 
-        `decide` is given what `looking` reads, with the parameters `beside`.
+        `decide` is given what `looking` reads, with the parameters `beside`, and may decline.
 
         Raises:
             Overloaded, DependencyUnavailable: as `write` does.
@@ -479,7 +479,7 @@ class Documents:
         user_id: str,
         recorder: Recorder,
         looking: Direct,
-        decide: Callable[[Fields], Revision[T]],
+        decide: Callable[[Fields], Revision[T] | None],
         asked: Mapping[str, Any],
     ) -> T | None:
         """Announce, look, decide, write and publish.
@@ -493,11 +493,10 @@ class Documents:
         try:
             row = await self._revisions.look(looking, asked)
             await announcing
-            if row is not None:
-                revision = decide(row)
-                if await self._revisions.write(revision, recorder, None):
-                    user = revision.user
-                    outcomes[user_id] = Outcome(user.version, Document(user).stored())
+            revision = decide(row) if row is not None else None
+            if revision and await self._revisions.write(revision, recorder, None):
+                user = revision.user
+                outcomes[user_id] = Outcome(user.version, Document(user).stored())
         finally:
             await announcing
             self.wrote([user_id])

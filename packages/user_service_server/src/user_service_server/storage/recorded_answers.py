@@ -27,7 +27,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..errors import IdempotencyInProgress
 from .database import lock_key
-from .direct import Direct, said
+from .direct import Direct, row_of
 from .tables import recorded_answers
 
 KEPT_HOURS = 24
@@ -157,7 +157,7 @@ KEEP = f"""
 """  # noqa: S608 - of constants
 """Keeps answers (`RECORDED`) in place of those that are older than 24 hours; returns no row where
 there is a newer one. `about` has them, and each with the `id` of whom it is about."""
-_RECORD = Direct(text(KEEP.format(about=f"({said({'id': 'uuid', **RECORDED})}) AS about")))
+_RECORD = Direct(text(KEEP.format(about=f"({row_of({'id': 'uuid', **RECORDED})}) AS about")))
 
 
 def recorded(key: AnswerKey | None, result: Any) -> dict[str, Any]:

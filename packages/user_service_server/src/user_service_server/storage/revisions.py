@@ -6,7 +6,8 @@ is read without a lock is decided on; then one statement locks the user, looks w
 the version that was read, and writes all that belongs to the change, or nothing. So the change is
 made to what it was decided on, and its document is known without another read. Whatever is out of
 the ordinary (a version that has risen, a key that has an answer, a name that another has or has
-locked, a cache that could not be told of a change) is left to the general shape.
+locked, a cache that could not be told of a change) is left to the general shape. Many users share
+each of the two statements (see `together`).
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from datetime import datetime
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from msgspec.structs import replace
-from sqlalchemy import CTE, ColumnElement, Select, func, select, text
+from sqlalchemy import ARRAY, CTE, ColumnElement, Select, bindparam, func, select, text
 from user_service_schemas import ChangeKind, Choices, User
 
 from .buckets import bucket_of
 from .database import lock_key
-from .direct import Direct, Fields, asked
-from .document import DOCUMENT, Document, DocumentShape, choices_in
+from .direct import Direct, Fields, rows_of
+from .document import DOCUMENT, Document, DocumentShape, choices_in, is_one_of
 from .recorded_answers import KEEP, RECORDED, Recorder, is_answered, recorded
 from .tables import users
 from .together import Asked, Together
@@ -30,14 +31,15 @@ from .together import Asked, Together
 T = TypeVar("T")
 
 # Locks are taken in the order in which all writes take them: names, the user, devices. None of them
-# is waited for, since the statement is of many users: what is locked is left out. (What is waited
-# for is only a unique value that another is about to give up.) Who was changed between the
-# statement's snapshot and the lock has not the version of before, which is looked at again with the
-# lock, and which every other change raises. In the moment between the snapshot and a lock on a name
-# another may have had that name: `taken` and `kept` meet its row then. Without `taken` nothing is
-# done; what is taken and not kept is taken back by the division, with all of the statement.
+# is waited for, since the statement is of many users: what is locked is left out. (An insert waits
+# for whoever is changing the row that has a unique value already. So who registers with what is
+# known to be somebody's does not come here.) Who was changed between the statement's snapshot and
+# the lock has not the version of before, which is looked at again with the lock, and which every
+# other change raises. In the moment between the snapshot and a lock on a name another may have had
+# that name: `taken` and `kept` meet its row then. Without `taken` nothing is done; what is taken
+# and not kept is taken back by the division, with all of the statement.
 _WRITE = """
-    WITH asked AS MATERIALIZED ({asking}),
+    WITH asked AS MATERIALIZED ({asked}),
     locked AS MATERIALIZED ({locking}),
     taken AS ({taking}), kept AS ({keeping}), raised AS ({raising}),
     logged AS (
@@ -116,7 +118,7 @@ class Settled(NamedTuple, Generic[T]):
 
 
 _ASKED = {
-    "version": "bigint",
+    "version": "bigint",  # the new one
     "at": "timestamptz",
     "kind": "text",
     "actor": "text",
@@ -133,14 +135,21 @@ KEY = {"caller": "text", "key": "text"}
 
 def reading(asked: CTE, *beside: ColumnElement[Any]) -> Direct:
     """Return the statement that reads users to revise, and `beside`."""
-    return looking(asked, *beside, of=DOCUMENT.where(users.c.id == asked.c.id))
+    # By the array, too: of the rows alone Postgres may think that it is quicker to read all users.
+    ids = bindparam("id", type_=ARRAY(users.c.id.type))
+    return _reading(
+        DOCUMENT.where(users.c.id == asked.c.id, is_one_of(users.c.id, ids)), asked, *beside
+    )
 
 
-def looking(asked: CTE, *beside: ColumnElement[Any], of: Select[Any] | None = None) -> Direct:
+def looking(asked: CTE, *beside: ColumnElement[Any]) -> Direct:
     """Return the statement that reads `beside` to register users."""
+    return _reading(select(), asked, *beside)
+
+
+def _reading(found: Select[Any], asked: CTE, *beside: ColumnElement[Any]) -> Direct:
     key_is_answered = is_answered(asked.c.caller, asked.c.key).label("is_answered")
     now = func.clock_timestamp().label("now")
-    found = select() if of is None else of
     return Direct(found.add_columns(asked.c.n, now, key_is_answered, *beside))
 
 
@@ -166,8 +175,8 @@ def _writing(
     locking: str, taking: str, raising: str, effects: str, types: Mapping[str, str]
 ) -> Direct:
     parts = {"locking": locking, "taking": taking, "raising": raising, "effects": effects}
-    asking = asked({**_ASKED, **types})
-    return Direct(text(_WRITE.format(asking=asking, keeping=_KEEPING, **parts)))
+    asked = rows_of({**_ASKED, **types})
+    return Direct(text(_WRITE.format(asked=asked, keeping=_KEEPING, **parts)))
 
 
 class Revisions:
@@ -196,8 +205,8 @@ class Revisions:
         """Write a revision, all or nothing: a change under the generation it was announced in.
 
         A registration (None) is of no generation: nothing of its user can have been cached before.
-        Those that share the statement must not meet: a lock is its transaction's, and so everyone's
-        in it.
+        Who comes while the same user, key or other name is being written here is left out: in one
+        statement a lock is everyone's, so they would meet, and all that share it be taken back.
         """
         user, key = revision.user, recorder.key
         names = (*revision.names, key.name) if key else revision.names
@@ -227,5 +236,5 @@ class Revisions:
 
 
 def _array(numbers: Iterable[int]) -> str:
-    """Return an array as SQL reads it: of arrays that are not of one length there is none."""
+    """Return an array as SQL reads it: Postgres has no arrays of arrays of different lengths."""
     return f"{{{','.join(map(str, numbers))}}}"

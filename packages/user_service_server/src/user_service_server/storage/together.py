@@ -13,11 +13,15 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import asyncpg
+import structlog
 
+from ..logs import describe
 from .direct import Direct, Fields
 
-MOST = 64
-"""How many share a statement at most: all of them wait for the last row."""
+_log = structlog.get_logger()
+
+MOST = 32
+"""How many share a statement at most: all of them wait for the last row, and keep their locks."""
 
 Asked = Mapping[str, Any]
 """What a statement is asked, by the names of its parameters: the same of all who share it."""
@@ -37,7 +41,8 @@ class Together:
     def fetch(self, statement: Direct, asked: Asked) -> asyncio.Future[Fields | None]:
         """Return the row that answers `asked`; None if there is none, or Postgres refused.
 
-        It refuses all who share the statement what one of them must not have. Nothing is done then.
+        What it refuses to one (a value that does not fit) is refused to all who share the
+        statement, of which nothing is done then.
 
         Raises:
             Overloaded, DependencyUnavailable: as `Database.direct` does.
@@ -74,7 +79,10 @@ class Together:
         try:
             async with self._connection() as connection:
                 rows = await statement.fetch(connection, parameters)
-        except asyncpg.PostgresError:
+        except asyncpg.DivisionByZeroError:  # by which a statement takes itself back
+            return {}
+        except asyncpg.PostgresError as error:
+            _log.warning("postgres.refused", **describe(error))
             return {}
         return {row["n"]: row for row in rows}
 

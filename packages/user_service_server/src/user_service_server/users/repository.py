@@ -7,7 +7,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import asyncpg
-from sqlalchemy import Boolean, ColumnElement, LargeBinary, bindparam, func, literal, select, update
+from sqlalchemy import (
+    Boolean,
+    ColumnElement,
+    LargeBinary,
+    bindparam,
+    exists,
+    func,
+    literal,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 from user_service_schemas import Choices, Consent
@@ -60,8 +71,17 @@ def after(user_id: str) -> ColumnElement[bool]:
 
 _PERSONAL = ("external_id", "name", "email", "email_key", "phone", "locale", "password_hash")
 _EMAIL_NAME = bindparam("email_name", type_=LargeBinary)
-_asked = asking({"email_name": "bytea", **revisions.KEY})
-LOOK = revisions.looking(_asked, _is_deliverable(_asked.c.email_name).label("email_deliverable"))
+_asked = asking(
+    {"email_name": "bytea", "email_key": "text", "external_id": "text", **revisions.KEY}
+)
+LOOK = revisions.looking(
+    _asked,
+    _is_deliverable(_asked.c.email_name).label("email_deliverable"),
+    or_(
+        exists().where(users.c.email_key == _asked.c.email_key),
+        exists().where(users.c.external_id == _asked.c.external_id),
+    ).label("is_taken"),
+)
 # The function sees what was committed until it is asked, and so all that was done by whoever had
 # the lock on the address's name before.
 _REGISTER = revisions.registering(

@@ -59,7 +59,9 @@ class Users:
             values["password_hash"] = await self._passwords.hash(request.password)
         user_id, consent = str(uuid7()), request.preferences.consent or None
 
-        def decide(row: Fields) -> Revision[User]:
+        def decide(row: Fields) -> Revision[User] | None:
+            if row["is_taken"]:
+                return None
             deliverable, at = row["email_deliverable"], row["now"]
             user = self._documents.shape.registered(
                 user_id, values, choices, email_deliverable=deliverable, at=at
@@ -71,7 +73,13 @@ class Users:
 
         name = repository.email_name(str(values["email_key"]))
         entered = await self._documents.enter(
-            user_id, recorder, repository.LOOK, decide, email_name=name
+            user_id,
+            recorder,
+            repository.LOOK,
+            decide,
+            email_name=name,
+            email_key=values["email_key"],
+            external_id=values.get("external_id"),
         )
         if entered is not None:
             return entered
