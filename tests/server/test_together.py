@@ -221,6 +221,36 @@ async def test_a_key_that_got_an_answer_meanwhile_takes_back_what_shares_its_sta
         await assert_same_bytes(http, user)
 
 
+async def test_a_deadlock_of_a_shared_statement_is_nobodys_failure(
+    http: httpx.AsyncClient, database_url: str
+) -> None:
+    """Keys that are a day old are used again while they are deleted, crosswise."""
+    users, keys = await some(http, 5), [str(uuid4()) for _ in range(5)]
+
+    async def change_all(push: bool) -> list[int]:
+        answers = await asyncio.gather(
+            *(prefer(http, users[n], push=push, key=keys[n]) for n in range(5))
+        )
+        return [answer.status_code for answer in answers]
+
+    async def is_waiting() -> bool:
+        waiting = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE $1"
+        return bool(await rows(database_url, waiting, "%WITH asked%"))
+
+    assert await change_all(False) == [200] * 5
+    async with connected(database_url) as other:
+        aged = "UPDATE recorded_answers SET at = now() - interval '25 h' WHERE key = ANY($1)"
+        await other.execute(aged, keys)
+        async with other.transaction():
+            await other.execute("DELETE FROM recorded_answers WHERE key = $1", keys[-1])
+            changing = asyncio.create_task(change_all(True))
+            await until(is_waiting, 3)
+            await other.execute("DELETE FROM recorded_answers WHERE key = ANY($1)", keys)
+    assert await changing == [200] * 5
+    for user in users:
+        assert len(await changes_of(database_url, user)) == 3
+
+
 @pytest.mark.parametrize("same", ["user", "key", "token"])
 async def test_who_would_meet_in_a_statement_does_not_come_to_it(
     same: str, http: httpx.AsyncClient, database_url: str

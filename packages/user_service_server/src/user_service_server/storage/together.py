@@ -23,6 +23,10 @@ _log = structlog.get_logger()
 MOST = 32
 """How many share a statement at most: all of them wait for the last row, and keep their locks."""
 
+# How a statement takes itself back, and what may end one that keeps several rows where another
+# deletes several. Alone, nobody meets either.
+_UNDONE = (asyncpg.DivisionByZeroError, asyncpg.DeadlockDetectedError)
+
 Asked = Mapping[str, Any]
 """What a statement is asked, by the names of its parameters: the same of all who share it."""
 _Waiting = list[tuple[Asked, "asyncio.Future[Fields | None]"]]
@@ -78,9 +82,10 @@ class Together:
         parameters = {name: [one[name] for one in asked] for name in asked[0]}
         try:
             async with self._connection() as connection:
-                rows = await statement.fetch(connection, parameters)
-        except asyncpg.DivisionByZeroError:  # by which a statement takes itself back
-            return {}
+                try:
+                    rows = await statement.fetch(connection, parameters)
+                except _UNDONE:
+                    return {}
         except asyncpg.PostgresError as error:
             _log.warning("postgres.refused", **describe(error))
             return {}
