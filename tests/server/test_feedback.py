@@ -28,7 +28,7 @@ from ..system.trouble import until
 from .races import no_deadlock, opposite_moves, race_feedback, register_by_many
 from .test_devices import listed, new_token, post, shown, someone
 from .test_documents import counted, held_after
-from .test_users import assert_failed, changes_of, fetch, register, rows
+from .test_users import assert_failed, changes_of, fetch, is_waiting, register, rows
 
 FEEDBACK = "/api/v1/feedback"
 LATER = "2100-01-01T00:00:00Z"
@@ -337,20 +337,16 @@ async def test_who_registers_with_an_address_is_waited_for_before_it_is_restored
     address, taken = new_address(), uuid4().hex
     owner, giver = await person(http, address), await person(http, new_address(), external_id=taken)
     await report(http, email(address))
-    waiting = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE $1"
-
-    async def waits(part: str) -> bool:
-        return bool(await rows(database_url, waiting, part))
-
+    waits = partial(is_waiting, database_url)
     async with connected(database_url) as sql:
         async with sql.transaction():
             await sql.execute("UPDATE users SET external_id = NULL WHERE id = $1", giver)
             body = {"name": "Heir", "email": address, "external_id": taken}
             registering = asyncio.create_task(http.post("/api/v1/users/", json=body))
-            await until(partial(waits, "%INSERT INTO users%"), 2)
+            await until(partial(waits, "INSERT INTO users"), 2)
             path = f"/api/v1/users/{owner}/suppression"
             restoring = asyncio.create_task(http.delete(path))
-            await until(partial(waits, "%pg_advisory_xact_lock%"), 2)
+            await until(partial(waits, "pg_advisory_xact_lock"), 2)
         assert_failed(await registering, 409, "email_taken", "email")
         assert (await restoring).status_code == 200
     assert await is_deliverable(http, owner) is True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Mapping, Sequence
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -23,7 +24,7 @@ from ..system.trouble import until
 from .statements import around_direct
 from .test_feedback import email, new_address, report
 from .test_revisions import READ, WRITE, assert_same_bytes, counted, once_before
-from .test_users import assert_failed, changes_of, fetch, rows
+from .test_users import assert_failed, changes_of, fetch, is_waiting, rows
 
 USERS = "/api/v1/users/"
 
@@ -184,11 +185,6 @@ async def test_what_was_suppressed_after_the_statement_began_is_seen(
     monkeypatch.setattr(statement, "text", waits)
     address = new_address()
     name = email_name(address)
-    waiting = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE $1"
-
-    async def is_waiting() -> bool:
-        return bool(await rows(database_url, waiting, "%WITH asked AS MATERIALIZED%"))
-
     async with connected(database_url) as other:
         async with other.transaction():
             await other.execute("SELECT pg_advisory_xact_lock($1)", lock_key(name))
@@ -198,7 +194,7 @@ async def test_what_was_suppressed_after_the_statement_began_is_seen(
                 name,
             )
             registering = asyncio.create_task(register(http, person(email=address)))
-            await until(is_waiting, 3)
+            await until(partial(is_waiting, database_url, "WITH asked AS MATERIALIZED"), 3)
         answer = await registering
     assert answer.status_code == 201, answer.text
     assert answer.json()["data"]["email_deliverable"] is False

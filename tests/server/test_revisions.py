@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -23,7 +24,7 @@ from ..system.subscribers import connected
 from ..system.trouble import until
 from .statements import around_direct, in_background
 from .test_devices import listed, new_token, shown
-from .test_users import assert_failed, changes_of, fetch, register, rows
+from .test_users import assert_failed, changes_of, fetch, is_waiting, register, rows
 
 READ, WRITE = "AS is_answered", "taken AS ("
 
@@ -161,19 +162,12 @@ async def test_a_user_whom_another_has_locked_is_changed_after_that(
             held.set()
             await go_on.wait()
 
-    async def is_waiting() -> bool:
-        found = await rows(
-            database_url,
-            "SELECT query FROM pg_stat_activity"
-            " WHERE wait_event_type = 'Lock' AND datname = current_database()",
-        )
-        return any(query.lstrip().startswith("WITH asked") is waits for (query,) in found)
-
+    waiting_in = "WITH asked AS MATERIALIZED" if waits else "FOR NO KEY UPDATE"
     with around_direct(after=hold):
         first = asyncio.create_task(http.patch(f"/api/v1/users/{user}", json={"name": "First"}))
         await held.wait()
         second = asyncio.create_task(prefer(http, user, push=False))
-        await until(is_waiting, 3)
+        await until(partial(is_waiting, database_url, waiting_in), 3)
         go_on.set()
         assert (await first).status_code == 200
         assert (await second).status_code == 200
@@ -190,11 +184,6 @@ async def test_a_user_of_the_same_version_after_the_wait_is_revised(
     statement = repository._SAY if change == "preferences" else devices_repository._ADD
     monkeypatch.setattr(statement, "text", statement.text.replace(" SKIP LOCKED", ""))
     user, token = await someone(http), new_token()
-
-    async def is_waiting() -> bool:
-        waiting = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE $1"
-        return bool(await rows(database_url, waiting, "%WITH asked%"))
-
     async with connected(database_url) as sql:
         async with sql.transaction():
             await sql.execute("UPDATE users SET password_hash = 'other' WHERE id = $1", user)
@@ -204,7 +193,7 @@ async def test_a_user_of_the_same_version_after_the_wait_is_revised(
                     if change == "preferences"
                     else add(http, user, token)
                 )
-                await until(is_waiting, 3)
+                await until(partial(is_waiting, database_url, "WITH asked AS MATERIALIZED"), 3)
         answer = await writing
     assert answer.status_code in {200, 201}, answer.text
     assert not any("WITH changed AS" in statement for statement in statements)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import asynccontextmanager
+from functools import partial
 from itertools import count
 from typing import Any
 from uuid import uuid4
@@ -40,7 +41,7 @@ from .test_revisions import (
     prefer,
     someone,
 )
-from .test_users import assert_failed, changes_of, fetch, rows
+from .test_users import assert_failed, changes_of, fetch, is_waiting, rows
 
 TOUCH = "UPDATE devices SET last_seen_at"
 LOCK = "SELECT FROM {table} WHERE {column} = $1 FOR UPDATE"
@@ -62,6 +63,17 @@ async def locked(database_url: str, table: str, column: str, value: object) -> A
     async with connected(database_url) as other, other.transaction():
         await other.execute(LOCK.format(table=table, column=column), value)
         yield
+
+
+async def assert_only_the_first_waits(
+    requests: Iterable[Coroutine[Any, Any, httpx.Response]], status: int
+) -> asyncio.Task[httpx.Response]:
+    """The others are answered so meanwhile; returns the first, for when nothing is in its way."""
+    waiting, *others = map(asyncio.create_task, requests)
+    answers = await asyncio.gather(*others)
+    assert [answer.status_code for answer in answers] == [status] * len(others)
+    assert not waiting.done()
+    return waiting
 
 
 @pytest.mark.parametrize("most", [together.MOST, 3])
@@ -120,14 +132,12 @@ async def test_devices_of_the_same_moment_go_to_their_users(http: httpx.AsyncCli
 
 
 async def test_who_is_locked_holds_up_no_other(http: httpx.AsyncClient, database_url: str) -> None:
-    mine, *others = await some(http, 6)
-    async with locked(database_url, "users", "id", mine):
-        waiting = asyncio.create_task(prefer(http, mine, push=False))
-        answers = await asyncio.gather(*(prefer(http, user, push=False) for user in others))
-        assert [answer.status_code for answer in answers] == [200] * 5
-        assert not waiting.done()
+    users = await some(http, 6)
+    async with locked(database_url, "users", "id", users[0]):
+        changes = (prefer(http, user, push=False) for user in users)
+        waiting = await assert_only_the_first_waits(changes, 200)
     assert (await waiting).status_code == 200
-    assert (await fetch(http, mine))["preferences"]["push"] is False
+    assert (await fetch(http, users[0]))["preferences"]["push"] is False
 
 
 async def test_a_token_that_is_locked_holds_up_no_other(
@@ -137,12 +147,7 @@ async def test_a_token_that_is_locked_holds_up_no_other(
     for user, token in zip(users, tokens, strict=True):
         assert (await add(http, user, token)).status_code == 201
     async with locked(database_url, "devices", "token", tokens[0]):
-        waiting, *others = (
-            asyncio.create_task(add(http, user, token))
-            for user, token in zip(users, tokens, strict=True)
-        )
-        assert [answer.status_code for answer in await asyncio.gather(*others)] == [200] * 3
-        assert not waiting.done()
+        waiting = await assert_only_the_first_waits(map(add, [http] * 4, users, tokens), 200)
     assert (await waiting).status_code == 200
     assert await shown(http, users[0]) == [tokens[0]]
 
@@ -154,9 +159,7 @@ async def test_a_name_that_is_locked_holds_up_no_other(
     async with connected(database_url) as other, other.transaction():
         name = lock_key(token_digest(tokens[0]))
         await other.execute("SELECT pg_advisory_xact_lock($1)", name)
-        waiting, *others = map(asyncio.create_task, map(add, [http] * 4, users, tokens))
-        assert [answer.status_code for answer in await asyncio.gather(*others)] == [201] * 3
-        assert not waiting.done()
+        waiting = await assert_only_the_first_waits(map(add, [http] * 4, users, tokens), 201)
     assert (await waiting).status_code == 201
     assert await shown(http, users[0]) == [tokens[0]]
 
@@ -170,11 +173,8 @@ async def test_a_duplicate_whose_owner_is_locked_holds_up_no_other(
     owner = first.json()["data"]["id"]
     async with connected(database_url) as other, other.transaction():
         await other.execute("UPDATE users SET version = version WHERE id = $1", owner)
-        waiting, *others = (
-            asyncio.create_task(http.post("/api/v1/users/", json=person)) for person in people
-        )
-        assert [answer.status_code for answer in await asyncio.gather(*others)] == [201] * 3
-        assert not waiting.done()
+        registrations = (http.post("/api/v1/users/", json=person) for person in people)
+        waiting = await assert_only_the_first_waits(registrations, 201)
     assert_failed(await waiting, 409, "email_taken", "email")
 
 
@@ -233,10 +233,6 @@ async def test_a_deadlock_of_a_shared_statement_is_nobodys_failure(
         )
         return [answer.status_code for answer in answers]
 
-    async def is_waiting() -> bool:
-        waiting = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE $1"
-        return bool(await rows(database_url, waiting, "%WITH asked%"))
-
     assert await change_all(False) == [200] * 5
     async with connected(database_url) as other:
         aged = "UPDATE recorded_answers SET at = now() - interval '25 h' WHERE key = ANY($1)"
@@ -244,7 +240,7 @@ async def test_a_deadlock_of_a_shared_statement_is_nobodys_failure(
         async with other.transaction():
             await other.execute("DELETE FROM recorded_answers WHERE key = $1", keys[-1])
             changing = asyncio.create_task(change_all(True))
-            await until(is_waiting, 3)
+            await until(partial(is_waiting, database_url, "WITH asked AS MATERIALIZED"), 3)
             await other.execute("DELETE FROM recorded_answers WHERE key = ANY($1)", keys)
     assert await changing == [200] * 5
     for user in users:

@@ -47,6 +47,15 @@ async def rows(database_url: str, query: str, *arguments: object) -> list[tuple[
         await connection.close()
 
 
+async def is_waiting(database_url: str, part: str) -> bool:
+    """Whether a statement waits for a lock in this database; `part` is of its first kilobyte."""
+    waiting = (
+        "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        " AND datname = current_database() AND query LIKE $1"
+    )
+    return bool(await rows(database_url, waiting, f"%{part}%"))
+
+
 async def changes_of(database_url: str, user_id: str) -> list[tuple[Any, ...]]:
     """Return what the change log says of a user: (version, kind), in its order."""
     return await rows(

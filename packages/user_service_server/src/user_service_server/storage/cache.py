@@ -12,7 +12,6 @@ the last writer publishes. Under a document's key lies one of
 from __future__ import annotations
 
 import asyncio
-import itertools
 import random
 import re
 import secrets
@@ -20,6 +19,7 @@ from collections.abc import Awaitable, Collection, Iterable, Iterator, Mapping, 
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache, partial
+from itertools import chain
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from ..metrics import Metrics
@@ -27,6 +27,7 @@ from .buckets import bucket_of
 from .document import StoredDocument
 from .link import RedisLink
 from .state import StateWatcher
+from .waiting import fail, tell
 from .wire import Command
 
 MARKER_TTL_MS = 10_000
@@ -229,7 +230,7 @@ class DocumentCache:
             # Of one server strings are a future already, and need no task.
             found = asyncio.ensure_future(self._look(wanted) if looking else self._strings(wanted))
         except Exception as error:  # noqa: BLE001 - whatever it is, it is for those who wait
-            _fail(wanted, error)
+            fail(chain.from_iterable(wanted.values()), error)
             return
         self._flushes.add(found)
         found.add_done_callback(partial(self._answer, wanted))
@@ -239,23 +240,23 @@ class DocumentCache:
         if found.cancelled():
             values: list[Any] = [BYPASS] * len(wanted)
         elif error := found.exception():
-            _fail(wanted, error)
+            fail(chain.from_iterable(wanted.values()), error)
             return
         else:
             values = found.result()
-        hits = bypasses = 0
+        hits = bypasses = misses = 0
         for waiting, value in zip(wanted.values(), values, strict=True):
             answer = self._parse(value)
             if isinstance(answer, StoredDocument):
                 hits += len(waiting)
             elif answer is BYPASS:
                 bypasses += len(waiting)
-            for future in waiting:
-                if not future.done():
-                    future.set_result(answer)
+            else:
+                misses += len(waiting)
+            tell(waiting, answer)
         self._hits.inc(hits)
         self._bypasses.inc(bypasses)
-        self._is_cold = sum(map(len, wanted.values())) - hits - bypasses > hits
+        self._is_cold = misses > hits
 
     async def get_many(self, ids: Sequence[str]) -> list[StoredDocument | Absent]:
         """Return what is cached of `ids`, in their order.
@@ -424,12 +425,6 @@ class DocumentCache:
     def _some_ttl(self) -> int:
         """A time to live in ms, spread by a tenth so that what came together does not go so."""
         return int(self._ttl_ms * random.uniform(0.9, 1.0))  # noqa: S311 - no secret
-
-
-def _fail(wanted: _Waiting, error: BaseException) -> None:
-    for future in itertools.chain.from_iterable(wanted.values()):
-        if not future.done():
-            future.set_exception(error)
 
 
 def _eval(script: str, keys: Sequence[str], *arguments: object) -> tuple[Any, ...]:

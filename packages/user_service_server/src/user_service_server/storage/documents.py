@@ -24,13 +24,7 @@ from ..errors import (
 )
 from . import recorded_answers
 from .cache import Absent, Announcement, DocumentCache, Outcome
-from .database import (
-    TRANSACTION_TIMEOUT,
-    Database,
-    driver,
-    lock_key,
-    translated,
-)
+from .database import TRANSACTION_TIMEOUT, Database, driver, lock_key, translated
 from .direct import Direct, Fields
 from .document import (
     Document,
@@ -45,6 +39,7 @@ from .replica import FILL_WITHIN, Replica
 from .revisions import Base, Revision, Revisions, Settled
 from .state import StateWatcher
 from .tables import cache_generations, users
+from .waiting import fail, tell
 
 T = TypeVar("T")
 
@@ -576,17 +571,13 @@ class Documents:
         except Exception as error:  # noqa: BLE001 - whatever it is, it is for those who wait
             for flight in flights:
                 self._forget(flight)
-                for future in flight.waiting:
-                    if not future.done():
-                        future.set_exception(error)
+                fail(flight.waiting, error)
             return
         for flight in flights:
             document = found.get(flight.user_id)
             if self._forget(flight) and document is None:
                 self._remember_unknown(flight.user_id)
-            for future in flight.waiting:
-                if not future.done():
-                    future.set_result(document)
+            tell(flight.waiting, document)
 
     def _forget(self, flight: _Flight) -> bool:
         """Let nobody join it any more; returns whether anybody could."""

@@ -197,9 +197,10 @@ async def forget(connection: AsyncConnection, user_id: str) -> None:
 async def prune(connection: AsyncConnection, limit: int) -> int:
     """Delete up to `limit` answers that are older than 24 hours; returns how many."""
     c = recorded_answers.c
-    old = select(c.caller, c.key).where(c.at < _SINCE).limit(limit)
     # Who is just being replaced is passed over: its statement may wait for another of these.
-    old = old.with_for_update(skip_locked=True)
+    old = (
+        select(c.caller, c.key).where(c.at < _SINCE).limit(limit).with_for_update(skip_locked=True)
+    )
     deleted = await connection.execute(
         delete(recorded_answers).where(tuple_(c.caller, c.key).in_(old))
     )

@@ -174,9 +174,15 @@ def registering(effects: str, *, taking: str, types: Mapping[str, str]) -> Direc
 def _writing(
     locking: str, taking: str, raising: str, effects: str, types: Mapping[str, str]
 ) -> Direct:
-    parts = {"locking": locking, "taking": taking, "raising": raising, "effects": effects}
-    asked = rows_of({**_ASKED, **types})
-    return Direct(text(_WRITE.format(asked=asked, keeping=_KEEPING, **parts)))
+    statement = _WRITE.format(
+        asked=rows_of({**_ASKED, **types}),
+        locking=locking,
+        taking=taking,
+        keeping=_KEEPING,
+        raising=raising,
+        effects=effects,
+    )
+    return Direct(text(statement))
 
 
 class Revisions:

@@ -17,14 +17,15 @@ import structlog
 
 from ..logs import describe
 from .direct import Direct, Fields
+from .waiting import fail, tell
 
 _log = structlog.get_logger()
 
 MOST = 32
 """How many share a statement at most: all of them wait for the last row, and keep their locks."""
 
-# How a statement takes itself back, and what may end one that keeps several rows where another
-# deletes several. Alone, nobody meets either.
+# By the one a statement takes itself back. The other may end one that keeps several rows while
+# somebody deletes several; where each is done by itself nobody meets it.
 _UNDONE = (asyncpg.DivisionByZeroError, asyncpg.DeadlockDetectedError)
 
 Asked = Mapping[str, Any]
@@ -70,13 +71,10 @@ class Together:
         try:
             rows = await self._ask(statement, [asked for asked, _ in waiting])
         except Exception as error:  # noqa: BLE001 - whatever it is, it is for those who wait
-            for _, future in waiting:
-                if not future.done():
-                    future.set_exception(error)
+            fail((future for _, future in waiting), error)
             return
         for n, (_, future) in enumerate(waiting, 1):
-            if not future.done():
-                future.set_result(rows.get(n))
+            tell((future,), rows.get(n))
 
     async def _ask(self, statement: Direct, asked: Sequence[Asked]) -> dict[int, Fields]:
         parameters = {name: [one[name] for one in asked] for name in asked[0]}
